@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from mtnlg_jax.parallel.mesh import AXES, EXPERT_BIAS, axes_in, dims_of, parameter_name, spec_of
+from mtnlg_jax.parallel.rings import Stages, stages_over
 
 
 def axis_size(axis: str) -> int:
@@ -113,21 +114,34 @@ def vary(tree: Any) -> Any:
     return jax.tree.map(one, tree) if manual else tree
 
 
+def _gather_in_stages(x: jax.Array, axes: tuple[str, ...], stages: Stages, dim: int) -> jax.Array:
+    for groups in stages:
+        x = lax.all_gather(x, axes, axis=dim, tiled=True, axis_index_groups=groups)
+    return x
+
+
+def _scatter_in_stages(x: jax.Array, axes: tuple[str, ...], stages: Stages, dim: int) -> jax.Array:
+    # The transpose: the last gather, whose parts are the largest, comes first.
+    for groups in reversed(stages):
+        x = lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True, axis_index_groups=groups)
+    return x
+
+
 # The transpose by autodiff would reduce in ``dtype``. A rule of its own lets the sum have another
 # type than the products.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gather_weight(w, axes: tuple[str, ...], dim: int, dtype, reduce_dtype):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
+def _gather_weight(w, axes: tuple[str, ...], stages: Stages, dim: int, dtype, reduce_dtype):
     # Cast before the gather: bfloat16 halves what is sent.
-    return lax.all_gather(w.astype(dtype), axes, axis=dim, tiled=True)
+    return _gather_in_stages(w.astype(dtype), axes, stages, dim)
 
 
-def _gather_weight_forward(w, axes, dim, dtype, reduce_dtype):
-    return _gather_weight(w, axes, dim, dtype, reduce_dtype), None
+def _gather_weight_forward(w, axes, stages, dim, dtype, reduce_dtype):
+    return _gather_weight(w, axes, stages, dim, dtype, reduce_dtype), None
 
 
-def _gather_weight_backward(axes, dim, dtype, reduce_dtype, _, grad):
+def _gather_weight_backward(axes, stages, dim, dtype, reduce_dtype, _, grad):
     # Master gradients are float32, whatever the type of the sum on the network.
-    grad = lax.psum_scatter(grad.astype(reduce_dtype), axes, scatter_dimension=dim, tiled=True)
+    grad = _scatter_in_stages(grad.astype(reduce_dtype), axes, stages, dim)
     return (grad.astype(jnp.float32),)
 
 
@@ -162,7 +176,9 @@ def gather_weights(params: Any, dtype, zero: int, reduce_dtype=jnp.float32) -> A
         axes, dim = _shared_dim(spec, leaf)
         # A parameter without D (b_q_NH), ZeRO off, or one device along data: nothing is split over
         # data.
-        return _gather_weight(leaf, axes, dim, dtype, reduce_dtype) if axes else leaf.astype(dtype)
+        if not axes:
+            return leaf.astype(dtype)
+        return _gather_weight(leaf, axes, stages_over(axes), dim, dtype, reduce_dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -172,7 +188,7 @@ def gather_unchanged(params: Any, zero: int) -> Any:
 
     def one(path, leaf):
         axes, dim = _shared_dim(spec_of(dims_of(path), zero), leaf)
-        return lax.all_gather(leaf, axes, axis=dim, tiled=True) if axes else leaf
+        return _gather_in_stages(leaf, axes, stages_over(axes), dim) if axes else leaf
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -198,7 +214,7 @@ def reduce_gradients(
         # less.
         axes, dim = _shared_dim(spec, grad)
         if axes and not scattered:
-            grad = lax.psum_scatter(grad, axes, scatter_dimension=dim, tiled=True)
+            grad = _scatter_in_stages(grad, axes, stages_over(axes), dim)
         # For example pipe for the embedding: each stage has a part of its gradient, or 0.
         split = {axis for entry in spec for axis in axes_in(entry)}
         missing = tuple(axis for axis in manual if axis not in split)

@@ -32,6 +32,7 @@ from mtnlg_jax.parallel.pipeline import (
     to_rounds,
     zeros,
 )
+from mtnlg_jax.parallel.rings import sizes_on, staged
 from mtnlg_jax.train import expert_loads, lora
 from mtnlg_jax.train.batch import batch_keys, layout_of
 from mtnlg_jax.train.distill import Distillation, Teacher
@@ -275,8 +276,18 @@ def batch_specs(model: ModelConfig) -> dict[str, P]:
 
 
 def over_mesh(function: Callable, mesh: Mesh, in_specs: Sequence, out_specs: Any) -> Callable:
-    """Return ``function`` as a shard_map, manual over every axis; on one device, unchanged."""
+    """Return ``function`` as a shard_map, manual over every axis; on one device, unchanged.
+
+    Collectives over ``data`` are in the stages that the torus of a TPU slice asks for (`rings`).
+    """
     # A single device needs no manual region: outside it the collectives do nothing.
     if mesh.size == 1:
         return function
-    return jax.shard_map(function, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs)
+    sizes = {"data": sizes_on(mesh, "data")}
+
+    @functools.wraps(function)
+    def in_stages(*args):
+        with staged(sizes):
+            return function(*args)
+
+    return jax.shard_map(in_stages, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs)
