@@ -27,6 +27,7 @@ _TOOLBOX = "JAX-Toolbox, GPU_performance.md, July 2026"
 _JAX_GPU = "jax, gpu_performance_tips, 2026"
 _MAXTEXT = "MaxText, xla_flags_library.py, August 2026"
 _MAXTEXT_V5P = "MaxText, configs/tpu/v5p/32b.sh, 2026"
+_MAXTEXT_V6E = "MaxText, configs/tpu/v6e, 2026"
 _RECIPES = "MaxText and tpu-recipes, benchmarks of v5p and v6e, 2026"
 
 VARIABLE = {"gpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}
@@ -60,11 +61,13 @@ ENVIRONMENT = {"gpu": {"NCCL_NVLS_ENABLE": "1", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 class Group:
     """TPU flags that are set together or not at all.
 
-    ``what`` they do appears in messages; ``flags``: flag -> source of the recommendation.
+    ``what`` they do appears in messages; ``flags``: flag -> source of the recommendation;
+    ``unsplit``: only for meshes that split neither matrices nor sequences.
     """
 
     what: str
     flags: dict[str, str]
+    unsplit: bool = False
 
 
 _ASYNCHRONOUS = Group(
@@ -101,18 +104,35 @@ _OFFLOAD = Group(
         "--xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=false": _RECIPES,
     },
 )
+# Gathers over two and three dims of the torus. Beside collectives over tensor they wait for each
+# other: by prediction they shorten a step of 32B over data alone by 7 % and lengthen one of 530B
+# over data and tensor by 3 % (docs/predicted_step.md).
+_PLANES = Group(
+    "gathers over planes on SparseCore",
+    {
+        "--xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true": _RECIPES,
+        "--xla_tpu_enable_sparse_core_collective_offload_3d_all_gather=true": _RECIPES,
+    },
+    unsplit=True,
+)
+# The default leaves products of v6e with windows that read operands too often.
+_VMEM = Group("larger windows of products", {"--xla_tpu_scoped_vmem_limit_kib=98304": _MAXTEXT_V6E})
 # Chip kind -> groups; where the compiler refuses them all, the last ones are left out first.
 # Compiled for every kind, timed on none. The tpu7x compiler offloads collectives by itself. Not
-# used, although small steps compile with them: gathers and scatters over two and three dims of the
-# torus on SparseCore (..._offload_2d_all_gather, 3d_all_gather, nd_reduce_scatter), with which 530B
-# has not been compiled, and a larger xla_tpu_scoped_vmem_limit_kib, whose gain was not measured.
+# used: a larger xla_tpu_scoped_vmem_limit_kib on v5p, where no published step has it.
 TPU = {
     "v4": (_ASYNCHRONOUS,),
     "v5e": (_ASYNCHRONOUS, _FUSION),
-    "v5p": (_ASYNCHRONOUS, _OFFLOAD),
-    "v6e": (_ASYNCHRONOUS, _OFFLOAD),
+    "v5p": (_ASYNCHRONOUS, _OFFLOAD, _PLANES),
+    "v6e": (_ASYNCHRONOUS, _OFFLOAD, _VMEM),
     "tpu7x": (_ASYNCHRONOUS,),
 }
+
+
+def groups_of(kind: str, mesh: MeshConfig) -> tuple[Group, ...]:
+    """Return the groups for a run over ``mesh`` on chips of ``kind``, a key of TPU."""
+    split = mesh.tensor > 1 or mesh.context > 1 or mesh.expert > 1 or mesh.pipe > 1
+    return tuple(group for group in TPU[kind] if not (group.unsplit and split))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +192,8 @@ def choose(kind: str, mesh: MeshConfig, slices: int = 1, recompute: str = "eleme
             "the kind of this TPU is not known, so no compiler flags are set; "
             f"set TPU_ACCELERATOR_TYPE, as v5p-8, to one of {', '.join(TPU)}",
         )
-    groups: tuple[Group, ...] = TPU[kind]
+    wanted_groups = groups_of(kind, mesh)
+    groups = wanted_groups
     why = ""
     while groups:
         flags = free(flag for group in groups for flag in group.flags)
@@ -183,7 +204,7 @@ def choose(kind: str, mesh: MeshConfig, slices: int = 1, recompute: str = "eleme
         groups = groups[:-1]
     else:
         flags = []
-    dropped = "; ".join(group.what for group in TPU[kind][len(groups) :])
+    dropped = "; ".join(group.what for group in wanted_groups[len(groups) :])
     return Choice(
         tuple(flags),
         dropped and f"the compiler for {kind} refuses flags, left out: {dropped} ({why[:200]})",

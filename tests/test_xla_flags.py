@@ -1,6 +1,7 @@
 """Check compiler flags: each is tried before it is set, TPU flags by compiling the run's
 collectives."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -30,8 +31,9 @@ def environment(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "set by the user")
 
 
-def of(kind, groups=None):
-    return [flag for group in xla_flags.TPU[kind][:groups] for flag in group.flags]
+def of(kind, groups=None, mesh=ZERO3):
+    found = xla_flags.groups_of(kind, mesh)[:groups]
+    return [flag for group in found for flag in group.flags]
 
 
 def test_nothing_is_set_on_a_cpu():
@@ -142,8 +144,8 @@ def test_every_flag_has_a_source_and_one_value():
     ]
     for flags in tables:
         assert all(flag.startswith("--xla_") and "20" in source for flag, source in flags.items())
-    for kind in xla_flags.TPU:
-        names = [flag.partition("=")[0] for flag in of(kind)]
+    for kind, groups in xla_flags.TPU.items():
+        names = [flag.partition("=")[0] for group in groups for flag in group.flags]
         assert len(names) == len(set(names))
         assert (FUSE in of(kind)) == (kind == "v5e")
 
@@ -217,6 +219,15 @@ def test_a_run_sets_the_flags_of_its_chip_and_keeps_given_ones(monkeypatch):
     ]
     monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
     assert xla_flags.set_flags(ZERO3) == wanted and len(tried) == 1
+
+
+def test_gathers_over_planes_are_for_meshes_that_split_rows_alone():
+    planes = xla_flags.TPU["v5p"][-1]
+    assert planes.unsplit and all("d_all_gather" in flag for flag in planes.flags)
+    rows = MeshConfig(data=-1, zero=3)
+    assert of("v5p", mesh=rows) == [*of("v5p"), *planes.flags]
+    for axis in ("pipe", "expert", "context", "tensor"):
+        assert of("v5p", mesh=dataclasses.replace(rows, **{axis: 2})) == of("v5p")
 
 
 @pytest.mark.parametrize(("bad", "left"), [("offload_reduce_scatter", 1), ("async_all_gather", 0)])
@@ -296,7 +307,7 @@ def needs_libtpu(kind):
 )
 def test_every_set_compiles_a_zero_3_layer(kind, mesh, slices):
     needs_libtpu(kind)
-    assert xla_flags.choose(kind, mesh, slices) == xla_flags.Choice(tuple(of(kind)))
+    assert xla_flags.choose(kind, mesh, slices) == xla_flags.Choice(tuple(of(kind, mesh=mesh)))
 
 
 @pytest.mark.slow
