@@ -5,9 +5,9 @@ and the last one leaves each device a part of a sum. With mesh.tp_comm_overlap b
 (Wang 2023): a device multiplies the chunk that it holds while the next one is under way.
 """
 
-# Shapes: B rows, S query positions, D width; a chunk is the part of S that one device holds
+# Shapes: B rows, S query positions, D inputs, F outputs (the other way round for a last product). A
+# chunk is the part of S that one device holds.
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -34,11 +34,21 @@ def multiply_gathered(
 
     With ``overlap`` one ring serves all of them.
     """
-    if not _rings(overlap, [weight for _, weight in factors]):
+    weights = _arrays([weight for _, weight in factors])
+    if weights is None:
         return multiply_each(gather(x_BSD, "tensor", 1), factors)
-    dims = tuple(dims for dims, _ in factors)
-    weights = tuple(weight for _, weight in factors)
-    return checkpoint_name(_multiply_gathered(dims, x_BSD, weights), "product")
+    # Heads are one dim in products and in what the backward pass keeps. TPUs hold the last dim in
+    # parts of 128: MT-NLG's heads of 160 would take the room and the time of 256.
+    flat = tuple(weight.reshape(weight.shape[0], -1) for weight in weights)
+    if overlap:
+        products = checkpoint_name(_multiply_gathered(x_BSD, flat), "product")
+    else:
+        whole_BSD = gather(x_BSD, "tensor", 1)
+        products = [_product(whole_BSD, weight_DF) for weight_DF in flat]
+    return [
+        product_BSF.reshape(*product_BSF.shape[:2], *weight.shape[1:])
+        for product_BSF, weight in zip(products, weights, strict=True)
+    ]
 
 
 def multiply_scattered(
@@ -46,14 +56,21 @@ def multiply_scattered(
 ) -> jax.Array:
     """Return this device's chunk of the product of ``x`` and ``weight``, summed over tensor."""
     # Each device has the sum over its own heads or its part of F only; the sum completes it.
-    if not _rings(overlap, [weight]):
+    weights = _arrays([weight])
+    if weights is None:
         return scatter_sum(multiply(dims, x, weight), "tensor", 1)
-    return _multiply_scattered(dims, x, weight)
+    x_BSF = x.reshape(*x.shape[:2], -1)
+    weight_FD = weights[0].reshape(-1, weights[0].shape[-1])
+    if overlap:
+        return _multiply_scattered(x_BSF, weight_FD)
+    return scatter_sum(_product(x_BSF, weight_FD), "tensor", 1)
 
 
-def _rings(overlap: bool, weights: Sequence[jax.Array | Callable]) -> bool:
+def _arrays(weights: Sequence[jax.Array | Callable]) -> list[jax.Array] | None:
+    """Return ``weights`` if tensor splits them and all are arrays, else None."""
     # A callable weight, as one with an adapter, has products of its own.
-    return overlap and axis_size("tensor") > 1 and not any(map(callable, weights))
+    arrays = [weight for weight in weights if not callable(weight)]
+    return arrays if axis_size("tensor") > 1 and len(arrays) == len(weights) else None
 
 
 # --- rings: both ways round, so that both directions of a link are used
@@ -132,75 +149,68 @@ def _gathered(x: jax.Array) -> jax.Array:
 # --- the two products with their gradients
 
 # The transpose by autodiff would keep all chunks. These keep the device's own, as a gather does.
+# The gradient of a weight is one product of all chunks: a sum of one for each would be slower.
 
 
-def _of_input(dims: str) -> str:
-    """Return the einsum (gradient of the product, weight) -> gradient of the input."""
-    terms, product = dims.split("->")
-    x, weight = terms.split(",")
-    return f"{product},{weight}->{x}"
+def _product(x_BSD: jax.Array, weight_DF: jax.Array) -> jax.Array:
+    return jnp.einsum("BSD,DF->BSF", x_BSD, weight_DF)
 
 
-def _of_weight(dims: str) -> str:
-    """Return the einsum (input, gradient of the product) -> gradient of the weight."""
-    terms, product = dims.split("->")
-    x, weight = terms.split(",")
-    return f"{x},{product}->{weight}"
+def _of_input(grad_BSF: jax.Array, weight_DF: jax.Array) -> jax.Array:
+    return jnp.einsum("BSF,DF->BSD", grad_BSF, weight_DF)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply_gathered(dims: tuple[str, ...], x, weights: tuple):
-    products: list = [None] * len(dims)
-    for offset, chunk in _chunks(x):
-        for number, (each, weight) in enumerate(zip(dims, weights, strict=True)):
-            part = jnp.einsum(each, chunk, weight)
+def _of_weight(x_BSD: jax.Array, grad_BSF: jax.Array) -> jax.Array:
+    return jnp.einsum("BSD,BSF->DF", x_BSD, grad_BSF)
+
+
+@jax.custom_vjp
+def _multiply_gathered(x_BSD, weights):
+    products: list = [None] * len(weights)
+    for offset, chunk in _chunks(x_BSD):
+        for number, weight_DF in enumerate(weights):
+            part = _product(chunk, weight_DF)
             whole = _room_for(part) if products[number] is None else products[number]
             products[number] = _put(whole, part, offset)
     return products
 
 
-def _multiply_gathered_forward(dims, x, weights):
-    return _multiply_gathered(dims, x, weights), (x, weights)
+def _multiply_gathered_forward(x_BSD, weights):
+    return _multiply_gathered(x_BSD, weights), (x_BSD, weights)
 
 
-def _multiply_gathered_backward(dims, kept, grads):
-    x, weights = kept
+def _multiply_gathered_backward(kept, grads):
+    x_BSD, weights = kept
 
     def part(offset):
-        terms = zip(dims, grads, weights, strict=True)
-        return sum(
-            jnp.einsum(_of_input(each), _chunk_of(grad, offset), weight)
-            for each, grad, weight in terms
-        )
+        terms = zip(grads, weights, strict=True)
+        return sum(_of_input(_chunk_of(grad, offset), weight) for grad, weight in terms)
 
-    whole = _gathered(x)
-    d_weights = tuple(
-        jnp.einsum(_of_weight(each), whole, grad) for each, grad in zip(dims, grads, strict=True)
-    )
-    return _sum_of_chunks(part), d_weights
+    whole_BSD = _gathered(x_BSD)
+    return _sum_of_chunks(part), tuple(_of_weight(whole_BSD, grad) for grad in grads)
 
 
 _multiply_gathered.defvjp(_multiply_gathered_forward, _multiply_gathered_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply_scattered(dims: str, x, weight):
-    return _sum_of_chunks(lambda offset: jnp.einsum(dims, _chunk_of(x, offset), weight))
+@jax.custom_vjp
+def _multiply_scattered(x_BSF, weight_FD):
+    return _sum_of_chunks(lambda offset: _product(_chunk_of(x_BSF, offset), weight_FD))
 
 
-def _multiply_scattered_forward(dims, x, weight):
-    return _multiply_scattered(dims, x, weight), (x, weight)
+def _multiply_scattered_forward(x_BSF, weight_FD):
+    return _multiply_scattered(x_BSF, weight_FD), (x_BSF, weight_FD)
 
 
-def _multiply_scattered_backward(dims, kept, grad):
-    x, weight = kept
-    whole = _room_for(grad)
-    d_x = None
-    for offset, chunk in _chunks(grad):
-        whole = _put(whole, chunk, offset)
-        part = jnp.einsum(_of_input(dims), chunk, weight)
-        d_x = _put(_room_for(part) if d_x is None else d_x, part, offset)
-    return d_x, jnp.einsum(_of_weight(dims), x, whole)
+def _multiply_scattered_backward(kept, grad_BSD):
+    x_BSF, weight_FD = kept
+    whole_BSD = _room_for(grad_BSD)
+    d_x_BSF = None
+    for offset, chunk in _chunks(grad_BSD):
+        whole_BSD = _put(whole_BSD, chunk, offset)
+        part = _of_input(chunk, weight_FD)
+        d_x_BSF = _put(_room_for(part) if d_x_BSF is None else d_x_BSF, part, offset)
+    return d_x_BSF, _of_weight(x_BSF, whole_BSD)
 
 
 _multiply_scattered.defvjp(_multiply_scattered_forward, _multiply_scattered_backward)
