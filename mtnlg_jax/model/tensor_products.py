@@ -139,13 +139,6 @@ def _put(whole: jax.Array, chunk: jax.Array, offset: int) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(whole, chunk, _start(offset, chunk.shape[1]), 1)
 
 
-def _gathered(x: jax.Array) -> jax.Array:
-    whole = _room_for(x)
-    for offset, chunk in _chunks(x):
-        whole = _put(whole, chunk, offset)
-    return whole
-
-
 # --- the two products with their gradients
 
 # The transpose by autodiff would keep all chunks. These keep the device's own, as a gather does.
@@ -186,7 +179,7 @@ def _multiply_gathered_backward(kept, grads):
         terms = zip(grads, weights, strict=True)
         return sum(_of_input(_chunk_of(grad, offset), weight) for grad, weight in terms)
 
-    whole_BSD = _gathered(x_BSD)
+    whole_BSD = gather(x_BSD, "tensor", 1)
     return _sum_of_chunks(part), tuple(_of_weight(whole_BSD, grad) for grad in grads)
 
 
@@ -204,13 +197,8 @@ def _multiply_scattered_forward(x_BSF, weight_FD):
 
 def _multiply_scattered_backward(kept, grad_BSD):
     x_BSF, weight_FD = kept
-    whole_BSD = _room_for(grad_BSD)
-    d_x_BSF = None
-    for offset, chunk in _chunks(grad_BSD):
-        whole_BSD = _put(whole_BSD, chunk, offset)
-        part = _of_input(chunk, weight_FD)
-        d_x_BSF = _put(_room_for(part) if d_x_BSF is None else d_x_BSF, part, offset)
-    return d_x_BSF, _of_weight(x_BSF, whole_BSD)
+    whole_BSD = gather(grad_BSD, "tensor", 1)
+    return _of_input(whole_BSD, weight_FD), _of_weight(x_BSF, whole_BSD)
 
 
 _multiply_scattered.defvjp(_multiply_scattered_forward, _multiply_scattered_backward)

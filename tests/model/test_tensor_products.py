@@ -3,6 +3,7 @@
 # Shapes: B rows, S query positions, D width, N heads, H head width, F MLP width
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +81,16 @@ def test_a_ring_sends_one_chunk_less_than_there_are_devices(parts):
         overlap: str(jax.make_jaxpr(on_a_mesh(parts, 2, overlap))(*arrays(parts, 2)))
         for overlap in (False, True)
     }
-    # Forward one ring each way; backward the input again, its gradient, and that of the output.
-    assert text[True].count("ppermute") == 5 * (parts - 1)
-    assert "all_gather" not in text[True] and "reduce_scatter" not in text[True]
+    # Rings: the input, the sum of the outputs, and that of the input's gradient.
+    assert text[True].count("ppermute[") == 3 * (parts - 1)
+    # Gathers, for gradients of weights: the input again, and the gradient of the output.
+    assert text[True].count("all_gather[") == 2 and "reduce_scatter" not in text[True]
     assert "ppermute" not in text[False]
-    assert "all_gather" in text[False] and "reduce_scatter" in text[False]
+    assert text[False].count("all_gather[") == 2 and text[False].count("reduce_scatter[") == 2
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_heads_are_one_dim_in_products(overlap):
+    text = str(jax.make_jaxpr(on_a_mesh(4, 2, overlap))(*arrays(4, 2)))
+    ranks = {len(dims.split(",")) for dims in re.findall(r"f32\[([\d,]+)\]\S* = dot_general", text)}
+    assert ranks == {2, 3}  # gradients of weights, and products with a sequence
