@@ -27,7 +27,7 @@ from pathlib import Path
 
 from mtnlg_jax.hardware import CHIPS
 from mtnlg_jax.planning import hlo_cost, prediction, topology, tpu_costs
-from mtnlg_jax.planning.hlo import Instruction, Program, arrays_of, dims_of
+from mtnlg_jax.planning.hlo import Instruction, Program, dims_of
 from mtnlg_jax.planning.source_lines import SourceLines
 from mtnlg_jax.planning.span import largest_first
 from mtnlg_jax.planning.timeline import Timeline
@@ -246,13 +246,20 @@ def measure(name: str, point: Point, python: str, keep: str | None) -> dict:
             except subprocess.TimeoutExpired:
                 return found | {"failure": f"more than {SECONDS} s to compile"}
             if not (folder / "step.json").exists():
-                last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-                return found | {"failure": "".join(last)[:300]}
+                return found | {"failure": _reason(done.stderr)}
         if fresh:
             found["seconds_to_compile"] = round(time.perf_counter() - start, 1)
         said = json.loads((folder / "step.json").read_text())
         text = (folder / "step.hlo").read_text()
     return found | simulate(described, said, text, point)
+
+
+def _reason(said: str) -> str:
+    """Return the line of a failed compilation that says why."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    telling = ("Ran out of memory", "RESOURCE_EXHAUSTED", "Used ", "Error:")
+    found = next((line for mark in telling for line in lines if mark in line), None)
+    return (found or "".join(lines[-1:]))[:300]
 
 
 def simulate(described: topology.Topology, said: dict, text: str, point: Point) -> dict:
@@ -311,19 +318,29 @@ class SplashCosts(tpu_costs.TpuCosts):
     ) -> float:
         if instruction.opcode == "custom-call" and hlo_cost.kernel_of(instruction) and not flops:
             self.kernels_seen[instruction.name] += 1
-            return _splash_flops(program, instruction) / (tpu_costs.KERNEL_SHARE * self.chip.flops)
+            return _splash_flops(program, computation, instruction) / (
+                tpu_costs.KERNEL_SHARE * self.chip.flops
+            )
         return super().compute(program, computation, instruction, flops)
 
 
-def _splash_flops(program: Program, instruction: Instruction) -> float:
+def _splash_flops(program: Program, computation: str, instruction: Instruction) -> float:
     """Return the FLOPs of a kernel over (rows, heads, positions, width), or without rows.
 
-    It has 2 products forward and 5 backward; two backward kernels share 7, as both form the scores.
+    Keys may have fewer heads than queries, and more positions where the context is split; a query
+    sees half of them in the mean. A kernel has 2 products forward and 5 backward; two backward
+    kernels share 7, as both form the scores.
     """
-    arrays = [dims_of(array) for array in arrays_of(instruction.shape)]
-    wide = max((dims for dims in arrays if len(dims) >= 3), key=_product, default=None)
-    if wide is None or "splash" not in instruction.name:
+    # Not the results: a fused backward kernel gives one array of gradients for each block of keys.
+    arrays = program.operand_arrays(computation, instruction)
+    wide = [dims for dims in map(dims_of, arrays) if len(dims) >= 3]
+    if not wide or "splash" not in instruction.name:
         return 0.0
+    width = max(wide, key=_product)[-1]
+    alike = [dims for dims in wide if dims[-1] == width]
+    heads = max(_product(dims[:-2]) for dims in alike)
+    lengths = [dims[-2] for dims in alike]
+    pairs = min(lengths) * max(lengths)
     apart = any(
         "_dq" in each.name
         for instructions in program.computations.values()
@@ -332,7 +349,7 @@ def _splash_flops(program: Program, instruction: Instruction) -> float:
     )
     name = instruction.name
     products = 2 if "fwd" in name else 3 if "_dq" in name else 4 if apart else 5
-    return products * 2 * _product(wide) * wide[-2] / 2
+    return products * 2 * heads * width * pairs / 2
 
 
 def _product(dims: tuple[int, ...]) -> int:

@@ -1,8 +1,8 @@
 """Predict steps of this package and of MaxText under the same compiler, for the same shape.
 
     python benchmarks/predicted_step.py --maxtext=PYTHON                    every row
-    python benchmarks/predicted_step.py --maxtext=PYTHON --rows=ours-data64
-    python benchmarks/predicted_step.py --rows=ours-data64,mtnlg-micro5     ours alone
+    python benchmarks/predicted_step.py --maxtext=PYTHON --rows=32b-v5p
+    python benchmarks/predicted_step.py --rows=mtnlg,32b-v5p/ours/data64    ours alone
 
 PYTHON is that of benchmarks/calibration.py. A row is written into
 benchmarks/results/predicted_step.json as it comes, with its command. Both sides have the same
@@ -15,74 +15,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from calibration import V5P_SPARSECORE, Point, measure, topology_version
+from calibration import measure, topology_version
+from predicted_shapes import FLAGS, SHAPES, rows
 
 from mtnlg_jax.planning.tpu_costs import RULES
 
 RESULT = Path(__file__).parent / "results" / "predicted_step.json"
-
-# 32 billion parameters, of the shape of MaxText's 32b.sh: 384 sequences of 2,048 on 64 v5p.
-LLAMA_32B = (
-    "--config=configs/ladder.py:7.5b --topology=v5p:4x4x4 --set=mesh.pipe=1 --set=mesh.zero=3 "
-    "--set=model.num_layers=32 --set=model.hidden_size=8192 --set=model.num_attention_heads=64 "
-    "--set=model.ffn_hidden_size=28672 --set=model.vocab_size=32000 --set=model.add_bias=False "
-    "--set=model.position_embedding_type=rotary --set=model.normalization=rmsnorm "
-    "--set=model.activation=swiglu --set=model.tie_embeddings=False "
-    "--set=train.global_batch_size=384 "
-)
-MTNLG = (
-    "--config=configs/mtnlg_530b.py --topology=v5p:8x8x16 --set=mesh.pipe=1 --set=mesh.data=128 "
-    "--set=mesh.zero=3 --set=train.rampup_batch_size=none "
-)
-
-
-def _llama(data: int, tensor: int, micro: int, recompute: str) -> str:
-    return LLAMA_32B + (
-        f"--set=mesh.data={data} --set=mesh.tensor={tensor} --set=train.micro_batch_size={micro} "
-        f"--set=train.recompute={recompute}"
-    )
-
-
-# Gathers over planes of the torus on SparseCore. pretrain.py does not set these: they help the step
-# of 32B and slow that of 530B.
-PLANES = (
-    "--xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true "
-    "--xla_tpu_enable_sparse_core_collective_offload_3d_all_gather=true"
-)
-OURS = {
-    "ours-data16": _llama(16, 4, 12, "elementwise"),
-    "ours-data16-none": _llama(16, 4, 12, "none"),
-    "ours-data32": _llama(32, 2, 6, "elementwise"),
-    "ours-data64": _llama(64, 1, 3, "elementwise"),
-    "ours-data64-none": _llama(64, 1, 3, "none"),
-    "mtnlg-micro1": MTNLG,
-    "mtnlg-micro5": MTNLG + "--set=train.micro_batch_size=5",
-    "ours-data64-planes": _llama(64, 1, 3, "elementwise"),
-    "mtnlg-micro5-planes": MTNLG + "--set=train.micro_batch_size=5",
-}
-
-
-def _maxtext(fsdp: int, tensor: int, policy: str, planes: bool = False) -> Point:
-    arguments = (
-        f"per_device_batch_size=6 remat_policy={policy} global_parameter_scale=32 "
-        f"ici_fsdp_parallelism={fsdp} ici_tensor_parallelism={tensor}"
-    )
-    flags = f"{V5P_SPARSECORE} {PLANES}" if planes else V5P_SPARSECORE
-    return Point("v5p-128", "v5p:4x4x4", arguments.strip(), flags, "", 328)
-
-
-MAXTEXT = {
-    "maxtext-fsdp16": _maxtext(16, 4, "minimal"),  # 32b.sh
-    "maxtext-fsdp64": _maxtext(64, 1, "minimal"),
-    "maxtext-fsdp64-full": _maxtext(64, 1, "full"),
-    "maxtext-fsdp64-qkv": _maxtext(64, 1, "save_qkv_proj"),
-    "maxtext-fsdp16-full": _maxtext(16, 4, "full"),
-    "maxtext-fsdp16-qkv": _maxtext(16, 4, "save_qkv_proj"),
-    "maxtext-fsdp16-planes": _maxtext(16, 4, "minimal", planes=True),
-    "maxtext-fsdp64-planes": _maxtext(64, 1, "minimal", planes=True),
-}
 
 
 def main() -> None:
@@ -90,32 +31,49 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--maxtext", help="Python of an environment with maxtext")
-    parser.add_argument("--rows", default=",".join([*OURS, *MAXTEXT]), help="names, with commas")
+    parser.add_argument("--rows", default=",".join(SHAPES), help="names, with commas")
     parser.add_argument("--keep", help="folder for MaxText's programs; default: none is kept")
     parser.add_argument("--output", default=str(RESULT), help=f"default {RESULT}")
     flags = parser.parse_args()
     output = Path(flags.output)
     result = json.loads(output.read_text()) if output.exists() else {"rows": {}}
-    for name in flags.rows.split(","):
-        row = ours(name) if name in OURS else theirs(name, flags.maxtext, flags.keep)
+    for name in chosen(flags.rows.split(",")):
+        side = name.split("/")[1]
+        row = ours(name) if side == "ours" else theirs(name, flags.maxtext, flags.keep)
         row["date"] = datetime.date.today().isoformat()
         print(name, json.dumps(row), flush=True)
         result["rows"][name] = row
         output.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def chosen(asked: list[str]) -> list[str]:
+    """Return the rows whose names begin with one of ``asked``, up to a /."""
+    found = [
+        name for name in rows() if any(f"{name}/".startswith(f"{prefix}/") for prefix in asked)
+    ]
+    for prefix in asked:
+        if not any(f"{name}/".startswith(f"{prefix}/") for name in found):
+            raise ValueError(f"no row {prefix!r}; the shapes are {', '.join(SHAPES)}")
+    return found
+
+
 def ours(name: str) -> dict:
     """Compile a step of this package and keep what compile_ahead.py predicts."""
-    beside = RESULT.with_suffix(".new")
-    command = ["launch/compile_ahead.py", *OURS[name].split(), "--time", "--prove=0"]
-    flags = PLANES if name.endswith("-planes") else ""
-    subprocess.run(
-        [sys.executable, *command, f"--json={beside}"],
-        env=os.environ | {"LIBTPU_INIT_ARGS": flags},
-        check=False,
-    )
-    said = json.loads(beside.read_text())
-    beside.unlink()
+    shape_name, _, setting = name.split("/")
+    shape = SHAPES[shape_name]
+    plain, *added = setting.split("+")
+    given = f"{shape.ours} --topology={shape.described} {shape.our_settings[plain]}"
+    flags = " ".join(FLAGS[each] for each in added)
+    command = ["launch/compile_ahead.py", *given.split(), "--time", "--prove=0"]
+    with tempfile.TemporaryDirectory() as folder:
+        beside = Path(folder, "said.json")
+        subprocess.run(
+            [sys.executable, *command, f"--json={beside}"],
+            env=os.environ | {"LIBTPU_INIT_ARGS": flags},
+            stdout=subprocess.DEVNULL,
+            check=False,
+        )
+        said = json.loads(beside.read_text())
     shown = " ".join(["python", *command])
     found = {
         "command": f'LIBTPU_INIT_ARGS="{flags}" {shown}' if flags else shown,
@@ -142,7 +100,8 @@ def ours(name: str) -> dict:
 def theirs(name: str, python: str | None, keep: str | None) -> dict:
     if python is None:
         raise ValueError(f"row {name} needs --maxtext=PYTHON")
-    found = measure(name, MAXTEXT[name], python, keep)
+    shape_name, _, setting = name.split("/")
+    found = measure(name.replace("/", "-"), SHAPES[shape_name].point(setting), python, keep)
     kept = ("arguments", "flags", "peak_bytes", "shares", "failure")
     found |= {"compiler": f"libtpu {topology_version()}", "rules": RULES}
     kept = (*kept, "compiler", "rules")

@@ -229,6 +229,8 @@ def collectives_of(mesh: MeshConfig) -> list[tuple[str, str]]:
         found += [(kind, "expert") for kind in ("all-gather", "reduce-scatter", "all-reduce")]
     if mesh.tensor > 1:
         found += [(kind, "tensor") for kind in ("all-gather", "reduce-scatter", "all-reduce")]
+        if mesh.tp_comm_overlap:
+            found.append(("collective-permute", "tensor"))
     if mesh.pipe > 1:
         found.append(("collective-permute", "pipe"))
     if mesh.context > 1:

@@ -169,6 +169,15 @@ def test_every_flag_has_a_source_and_one_value():
             ],
         ),
         (
+            MeshConfig(pipe=1, data=1, tensor=2, tp_comm_overlap=True),
+            [
+                ("all-gather", "tensor"),
+                ("reduce-scatter", "tensor"),
+                ("all-reduce", "tensor"),
+                ("collective-permute", "tensor"),
+            ],
+        ),
+        (
             MeshConfig(pipe=1, data=1, tensor=1, context=2, context_mode="ring"),
             [("collective-permute", "context")],
         ),

@@ -61,6 +61,9 @@ class MeshConfig:
     # How attention works over context. auto: ulysses where the key/value heads of a device divide,
     # else gather.
     context_mode: Literal["auto", "ulysses", "gather", "ring"] = "auto"
+    # Multiply the sequence chunk by chunk over tensor, each while another one is sent, as
+    # Megatron-LM's --tp-comm-overlap.
+    tp_comm_overlap: bool = False
     # Parts into which the experts of each layer are split. Rows are split over data x expert.
     expert: AxisSize = 1
 

@@ -7,7 +7,7 @@ models; docs/models.md says which family sets which switch.
 # Shapes: B rows, S query positions, D width, N query heads, K key/value heads, H head width
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,9 +19,10 @@ from jax.ad_checkpoint import checkpoint_name
 from mtnlg_jax.config import LayerSpec, ModelConfig
 from mtnlg_jax.model.mlp import Mlp
 from mtnlg_jax.model.moe import Moe
-from mtnlg_jax.model.parts import HeadNorm, Norm, add_bias, constant, multiply, normal
+from mtnlg_jax.model.parts import HeadNorm, Norm, add_bias, constant, normal
 from mtnlg_jax.model.positions import alibi_slopes, layer_frequencies, rotate
-from mtnlg_jax.parallel.collectives import axis_index, axis_size, gather, own_part, scatter_sum
+from mtnlg_jax.model.tensor_products import Factor, multiply_gathered, multiply_scattered
+from mtnlg_jax.parallel.collectives import axis_index, axis_size, gather, own_part
 
 PLAIN_LAYER = LayerSpec()
 
@@ -51,16 +52,26 @@ class Attention(nnx.Module):
         self.k_norm = HeadNorm(config, of_keys=True) if normed else None
         self.b_sink_N = constant(0.0, N) if config.attention_sink else None
 
+    def factors(self) -> list[Factor]:
+        """Return what the input is multiplied by, for queries, keys and values."""
+        return [
+            ("BSD,DNH->BSNH", self.w_q_DNH[...]),
+            ("BSD,DKH->BSKH", self.w_k_DKH[...]),
+            ("BSD,DKH->BSKH", self.w_v_DKH[...]),
+        ]
+
     def project(
-        self, x_BSD: jax.Array, positions_BS: jax.Array, spec: LayerSpec = PLAIN_LAYER
+        self,
+        products: Sequence[jax.Array],
+        positions_BS: jax.Array,
+        spec: LayerSpec = PLAIN_LAYER,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return queries (B, S, N, H), keys (B, S, K, H) and values (B, S, K, H).
 
-        Queries and keys are normed and rotated as the config and ``spec`` say.
+        ``products`` are those of the input with `factors`. Queries and keys are normed and rotated
+        as the config and ``spec`` say.
         """
-        q = add_bias(multiply("BSD,DNH->BSNH", x_BSD, self.w_q_DNH[...]), self.b_q_NH)
-        k = add_bias(multiply("BSD,DKH->BSKH", x_BSD, self.w_k_DKH[...]), self.b_k_KH)
-        v = add_bias(multiply("BSD,DKH->BSKH", x_BSD, self.w_v_DKH[...]), self.b_v_KH)
+        q, k, v = map(add_bias, products, (self.b_q_NH, self.b_k_KH, self.b_v_KH))
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q)
             k = self.k_norm(k)
@@ -110,10 +121,9 @@ class Attention(nnx.Module):
         share_BNS = jax.nn.sigmoid(lse_BNS - sink_N[None, :, None])
         return (out * share_BNS.swapaxes(1, 2)[..., None]).astype(out.dtype)
 
-    def output(self, o_BSNH: jax.Array) -> jax.Array:
+    def output(self, o_BSNH: jax.Array, overlap: bool = False) -> jax.Array:
         """Project heads back to width, (B, S, D); in the manual region this device's part of S."""
-        # Each device has the sum over its own heads only; the reduce-scatter completes it.
-        x_BSD = scatter_sum(multiply("BSNH,NHD->BSD", o_BSNH, self.w_o_NHD[...]), "tensor", 1)
+        x_BSD = multiply_scattered("BSNH,NHD->BSD", o_BSNH, self.w_o_NHD[...], overlap)
         return add_bias(x_BSD, self.b_o_D)
 
 
@@ -143,23 +153,28 @@ class Block(nnx.Module):
         spec: LayerSpec = PLAIN_LAYER,
         penalty_B: jax.Array | None = None,
         counted_B: jax.Array | None = None,
+        overlap: bool = False,
     ) -> jax.Array:
         """Return the block's output, (B, S, D).
 
         ``attend(q, k, v, **options)`` is the attention over the keys of this sequence, or of a
         cache. ``drop(x, half)`` is the dropout after half block 0 or 1. ``penalty_B`` and
-        ``counted_B`` are those of `Moe`.
+        ``counted_B`` are those of `Moe`. ``overlap`` is mesh.tp_comm_overlap.
         """
 
+        def attended(products):
+            q, k, v = self.attention.project(products, positions_BS, spec)
+            o_BSNH = self.attention.attend(attend, q, k, v, spec)
+            return self.attention.output(o_BSNH, overlap)
+
         def attention(x_BSD):
-            q, k, v = self.attention.project(gather(x_BSD, "tensor", 1), positions_BS, spec)
-            return self.attention.output(self.attention.attend(attend, q, k, v, spec))
+            return attended(multiply_gathered(x_BSD, self.attention.factors(), overlap))
 
         def mlp(x_BSD):
-            whole = gather(x_BSD, "tensor", 1)
             if isinstance(self.mlp, Moe):
-                return self.mlp(whole, penalty_B, counted_B)
-            return self.mlp(whole)
+                return self.mlp(gather(x_BSD, "tensor", 1), penalty_B, counted_B)
+            products = multiply_gathered(x_BSD, self.mlp.factors(), overlap)
+            return self.mlp.output(products, overlap)
 
         def added(y_BSD, half):
             y_BSD = drop(y_BSD, half)
@@ -168,6 +183,13 @@ class Block(nnx.Module):
         if self.parallel:
             first = checkpoint_name(self.norm_1(x_BSD), "norm")
             second = first if self.norm_2 is None else checkpoint_name(self.norm_2(x_BSD), "norm")
+            if second is first and not isinstance(self.mlp, Moe):
+                # Both halves read one ring, or one gather.
+                factors = self.attention.factors()
+                products = multiply_gathered(first, factors + self.mlp.factors(), overlap)
+                y_BSD = attended(products[: len(factors)])
+                z_BSD = self.mlp.output(products[len(factors) :], overlap)
+                return x_BSD + added(y_BSD, 0) + added(z_BSD, 1)
             return x_BSD + added(attention(first), 0) + added(mlp(second), 1)
         norm_1 = self.norm_1 if spec.first_norm else None
         x_BSD = self._half(x_BSD, norm_1, self.norm_1_out, attention, lambda y: added(y, 0))

@@ -28,8 +28,10 @@ _named = jax.checkpoint_policies.save_only_these_names
 
 
 def _products_and(*names: str) -> Callable:
+    # "product": one that a ring has put together. Its chunks are products too, but nothing reads
+    # them again.
     return jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_saveable, _named(*names)
+        jax.checkpoint_policies.dots_saveable, _named("product", *names)
     )
 
 
@@ -55,7 +57,8 @@ class Hooks(NamedTuple):
     """Changes to the plain forward pass; the defaults change nothing.
 
     Mixed precision and ZeRO-3 use ``prepare``, activation recomputation ``recompute``, context
-    parallelism ``attend``, dropout ``dropout_key`` and ``rows_B``, and experts the last two fields.
+    parallelism ``attend``, dropout ``dropout_key`` and ``rows_B``, experts ``penalty_B`` and
+    ``counted_B``, and tensor parallelism ``overlap``.
     """
 
     prepare: Callable = lambda layer: layer  # one layer's stored parameters -> compute weights
@@ -65,6 +68,7 @@ class Hooks(NamedTuple):
     rows_B: jax.Array | None = None  # number of each row in the global batch, for dropout
     penalty_B: jax.Array | None = None  # weight of each row's router losses; None: no such losses
     counted_B: jax.Array | None = None  # 1 for rows whose tokens count as loads of experts, else 0
+    overlap: bool = False  # mesh.tp_comm_overlap: products while chunks of the sequence travel
 
 
 PLAIN = Hooks()

@@ -3,14 +3,15 @@
 # Shapes: B rows, S query positions, D width, F MLP width
 
 import math
+from collections.abc import Sequence
 
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mtnlg_jax.config import ModelConfig
-from mtnlg_jax.model.parts import activate, add_bias, apart, constant, multiply, normal
-from mtnlg_jax.parallel.collectives import scatter_sum
+from mtnlg_jax.model.parts import activate, add_bias, apart, constant, normal
+from mtnlg_jax.model.tensor_products import Factor, multiply_each, multiply_scattered
 
 
 class Mlp(nnx.Module):
@@ -31,15 +32,22 @@ class Mlp(nnx.Module):
         self.b_gate_F = constant(0.0, F) if bias and gated else None
         self.b_out_D = constant(0.0, D) if bias else None
 
+    def factors(self) -> list[Factor]:
+        """Return what the input is multiplied by, the gate last."""
+        weights = [self.w_in_DF] if self.w_gate_DF is None else [self.w_in_DF, self.w_gate_DF]
+        return [("BSD,DF->BSF", weight[...]) for weight in weights]
+
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        h_BSF = add_bias(multiply("BSD,DF->BSF", x_BSD, self.w_in_DF[...]), self.b_in_F)
-        g_BSF = None
-        if self.w_gate_DF is not None:
-            g_BSF = multiply("BSD,DF->BSF", x_BSD, self.w_gate_DF[...])
-            g_BSF = add_bias(g_BSF, self.b_gate_F)
+        """Return the MLP of the whole sequence; in the manual region this device's part of S."""
+        return self.output(multiply_each(x_BSD, self.factors()))
+
+    def output(self, products: Sequence[jax.Array], overlap: bool = False) -> jax.Array:
+        """Return the same, given the ``products`` of the input with `factors`."""
+        h_BSF = add_bias(products[0], self.b_in_F)
+        g_BSF = None if self.w_gate_DF is None else add_bias(products[1], self.b_gate_F)
         h_BSF = activate(self.activation, h_BSF, g_BSF)
         if g_BSF is not None:
             h_BSF = apart(h_BSF)
         h_BSF = checkpoint_name(h_BSF, "activation")
-        y_BSD = scatter_sum(multiply("BSF,FD->BSD", h_BSF, self.w_out_FD[...]), "tensor", 1)
+        y_BSD = multiply_scattered("BSF,FD->BSD", h_BSF, self.w_out_FD[...], overlap)
         return add_bias(y_BSD, self.b_out_D)

@@ -206,7 +206,16 @@ class Transformer(nnx.Module):
                 # Mask 0 is that of the embedding; every half block has its own.
                 return self._drop(x_BSD, 1 + 2 * number + half, hooks)
 
-            return block(x_BSD, positions_BS, attend, drop, spec, hooks.penalty_B, hooks.counted_B)
+            return block(
+                x_BSD,
+                positions_BS,
+                attend,
+                drop,
+                spec,
+                hooks.penalty_B,
+                hooks.counted_B,
+                hooks.overlap,
+            )
 
         def run(specs, x_BSD, numbered, in_scan=True):
             """Apply one layer for each of ``specs``, and save what the policy names of each."""

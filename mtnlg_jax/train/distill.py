@@ -49,6 +49,7 @@ class Teacher:
         self._hooks = Hooks(
             prepare=self._weights.of_layer,
             attend=functools.partial(context_attention, mode=config.mesh.context_mode),
+            overlap=config.mesh.tp_comm_overlap,
         )
 
     def hidden(self, micro: dict[str, jax.Array]) -> tuple[jax.Array, Head]:

@@ -212,10 +212,12 @@ def _one_f_one_b(
     """Return (loss, gradients) by 1F1B."""
     rest, blocks = params
     # Two cases compute the bubble and drop the results instead of skipping it: TPUs, where
-    # collectives in a branch that only some devices take are unproved; and ring attention, whose
-    # permutes have no groups and wait for all devices.
+    # collectives in a branch that only some devices take are unproved; and rings, of attention or
+    # of products, whose permutes have no groups and wait for all devices.
     on_tpu = mesh.devices.flat[0].platform == "tpu"
-    ring = micro_batches.config.mesh.context_mode == "ring" and mesh.shape["context"] > 1
+    given = micro_batches.config.mesh
+    ring = given.context_mode == "ring" and mesh.shape["context"] > 1
+    ring = ring or (given.tp_comm_overlap and mesh.shape["tensor"] > 1)
 
     def stage(blocks, m, x):
         return micro_batches.layers(rest, *chunk_of(blocks, 0), m, x)

@@ -188,4 +188,5 @@ class MicroBatches:
             rows_B=rows_B,
             penalty_B=penalty_B,
             counted_B=counted_B,
+            overlap=self.config.mesh.tp_comm_overlap,
         )

@@ -5,6 +5,7 @@ from flax import nnx
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.evaluate.logit_lens import look_inside
+from mtnlg_jax.model.tensor_products import multiply_each
 from mtnlg_jax.model.transformer import Transformer
 
 
@@ -54,9 +55,9 @@ def test_attention_weights_equal_a_direct_computation():
         nnx.split(model.blocks)[0], jax.tree.map(lambda w: w[0], nnx.split(model.blocks)[1])
     )
     x = model.embed(tokens[None], np.arange(6)[None])
+    products = multiply_each(block.norm_1(x), block.attention.factors())
     q, k, _ = (
-        np.asarray(y, np.float64)[0]
-        for y in block.attention.project(block.norm_1(x), np.arange(6)[None])
+        np.asarray(y, np.float64)[0] for y in block.attention.project(products, np.arange(6)[None])
     )
     scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(8)
     scores[:, np.triu(np.ones((6, 6), bool), 1)] = -np.inf

@@ -281,12 +281,12 @@ def test_recomputing_does_not_change_the_result(recompute):
     _assert_near(grads, plain_grads, FLOAT32)
 
 
-@pytest.mark.parametrize("tensor", [1, 4])
+@pytest.mark.parametrize(("tensor", "overlap"), [(1, False), (4, False), (4, True)])
 @pytest.mark.parametrize(
     ("recompute", "kept"),
     [("none", 32), ("elementwise", 20), ("mlp", 12), ("projections", 6), ("full", 2)],
 )
-def test_a_recompute_policy_keeps_the_documented_bytes(recompute, kept, tensor):
+def test_a_recompute_policy_keeps_the_documented_bytes(recompute, kept, tensor, overlap):
     config = ModelConfig(
         num_layers=1,
         hidden_size=512,
@@ -307,7 +307,7 @@ def test_a_recompute_policy_keeps_the_documented_bytes(recompute, kept, tensor):
         layers = nnx.state(model.blocks)
         _, back = jax.vjp(
             lambda layers, x: model.run_layers(
-                layers, 0, x, positions, hooks=Hooks(recompute=recompute)
+                layers, 0, x, positions, hooks=Hooks(recompute=recompute, overlap=overlap)
             ),
             layers,
             x_BSD,

@@ -86,6 +86,14 @@ MODELS = {
         embedding_norm=True,
         parallel_residual="two_norms",
     ),
+    # Falcon: both half blocks read one norm, and all queries one key/value head.
+    "one norm": ModelConfig(
+        **SIZES,
+        position_embedding_type="rotary",
+        num_query_groups=1,
+        bias=(),
+        parallel_residual="one_norm",
+    ),
     # OLMo 2 norms over all heads, with gpt-oss's sinks; two key/value heads for four parts.
     "norms of all heads": ModelConfig(
         **SIZES,
@@ -105,6 +113,7 @@ MESHES = {
     "pipe": MeshConfig(data=2, pipe=2, tensor=2),
     "1f1b": MeshConfig(data=1, pipe=2, tensor=2, schedule="1f1b"),
     "ZeRO 3": MeshConfig(data=4, tensor=2, zero=3),
+    "rings": MeshConfig(data=1, context=2, tensor=4, tp_comm_overlap=True),
 }
 # Each of the axes beside expert, and both schedules; 8 devices but where rows are too few.
 OF_EXPERTS = {
@@ -131,7 +140,7 @@ MODELS["all"] = dataclasses.replace(
     attention_sink=True,
     moe=MODELS["experts"].moe,
 )
-QUICK = {("all", "expert, data and tensor")}
+QUICK = {("all", "expert, data and tensor"), ("one norm", "rings")}
 
 
 @functools.cache

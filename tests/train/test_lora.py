@@ -125,7 +125,11 @@ def test_every_mesh_equals_one_device(data, tensor, zero):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"pipe": 2, "schedule": "1f1b"}, {"context": 2}], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [{"pipe": 2, "schedule": "1f1b"}, {"context": 2}, {"context": 2, "tp_comm_overlap": True}],
+    ids=str,
+)
 def test_pipeline_and_context_equal_one_device(mesh):
     assert_equal_numbers(numbers(adapted_config(2, 2, 1, TARGETS, mesh)), alone())
 

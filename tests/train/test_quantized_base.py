@@ -136,6 +136,7 @@ def test_every_mesh_equals_one_device(base):
         (2, 2, 1, {}),
         (2, 2, 3, {}),
         (2, 1, 3, {"context": 2}),
+        (2, 2, 3, {"tp_comm_overlap": True}),
     ):
         config = config_of(base, model, data=data, tensor=tensor, zero=zero, **mesh)
         assert_equal_numbers(numbers(config, start(config)), alone)

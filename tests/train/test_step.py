@@ -332,6 +332,27 @@ def test_another_architecture_on_a_mesh(mesh, zero, options):
     assert_equal_numbers(on_a_mesh(*mesh, zero, model=OTHER, **options), deep_alone(model=OTHER))
 
 
+# tests/model/test_tensor_products.py shows that the programs differ. Quick: each axis, both
+# objectives and MLPs.
+@pytest.mark.parametrize(
+    ("mesh", "zero", "options"),
+    quick(
+        [
+            ((1, 2, 1, 4), 3, {"model": OTHER}),
+            ((1, 1, 2, 4), 1, {}),
+            ((2, 1, 2, 2), 1, {"causal": False, "schedule": "1f1b"}),
+            ((2, 2, 1, 2), 3, {"virtual_pipe": 2}),
+        ],
+        [((2, 1, 2, 2), 1, {"causal": False, "schedule": "1f1b"})],
+    ),
+    ids=str,
+)
+def test_products_while_chunks_travel_equal_one_device(mesh, zero, options):
+    got = on_a_mesh(*mesh, zero, tp_comm_overlap=True, **options)
+    alone = {key: options[key] for key in ("model", "causal") if key in options}
+    assert_equal_numbers(got, deep_alone(**alone))
+
+
 @functools.cache
 def evaluation(data=1, tensor=1, zero=1, **mesh):
     config = config_of(data, tensor, zero, 4, DEEP, mesh)

@@ -116,6 +116,22 @@ def test_a_layer_gathers_and_scatters_the_documented_number_of_times(
     )  # forward 2, again 0 or 1, backward 2
 
 
+# A ring has a permute for each other device.
+@pytest.mark.parametrize(
+    ("recompute", "zero", "rings"),
+    [
+        ("full", 3, 9),  # forward 4, again 3, backward 2
+        pytest.param("elementwise", 1, 6, marks=pytest.mark.slow),
+    ],
+)
+def test_rings_take_the_place_of_gathers_and_sums_over_tensor(recompute, zero, rings):
+    counts = collectives(recompute, tensor=4, zero=zero, tp_comm_overlap=True)
+    layers = 8 * MICRO_BATCHES
+    assert counts["collective-permute", ("tensor",), 2] / layers == 3 * rings
+    assert counts["all-gather", ("tensor",), 2] / layers == 4  # backward, for gradients of weights
+    assert ("reduce-scatter", ("tensor",), 2) not in counts
+
+
 @pytest.mark.parametrize(
     ("schedule", "ticks"),
     [pytest.param("circular", 9, marks=pytest.mark.slow), ("interleaved", 17)],
