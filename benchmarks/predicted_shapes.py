@@ -14,6 +14,9 @@ FLAGS = {
     # Gathers over planes of the torus on SparseCore, which MaxText's guide of benchmarks has.
     "planes": "--xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true "
     "--xla_tpu_enable_sparse_core_collective_offload_3d_all_gather=true",
+    # What mtnlg_jax/xla_flags.py adds for data alone on v5p, taken back.
+    "no-planes": "--xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=false "
+    "--xla_tpu_enable_sparse_core_collective_offload_3d_all_gather=false",
     # Larger windows of products. No point of the calibration on v5p or v5e uses it.
     "vmem": "--xla_tpu_scoped_vmem_limit_kib=65536",
 }
@@ -59,6 +62,9 @@ def _theirs(fsdp: int, policy: str, tensor: int = 1, rest: str = "") -> str:
     ).strip()
 
 
+# MaxText sums gradients of bfloat16 weights in bfloat16.
+_SUMS = "--set=train.reduce_dtype=bfloat16"
+_OVERLAP = "--set=mesh.tp_comm_overlap=True"
 _LLAMA = (
     "--config=configs/ladder.py:7.5b --set=mesh.pipe=1 --set=mesh.zero=3 --set=mesh.tensor=1 "
     "--set=model.add_bias=False --set=model.position_embedding_type=rotary "
@@ -99,7 +105,8 @@ SHAPES = {
             "data32": _ours(32, 6, "elementwise", tensor=2),
             "data64": _ours(64, 3, "elementwise"),
             "data64-none": _ours(64, 3, "none"),
-            "data64+planes": "",
+            "data64+no-planes": "",
+            "data16-overlap": _ours(16, 12, "elementwise", tensor=4, rest=_OVERLAP),
         },
         2048,
         "per_device_batch_size=6 global_parameter_scale=32",
@@ -125,8 +132,8 @@ SHAPES = {
             "data64-micro4": _ours(64, 4, "elementwise"),
             "data64-zero1": _ours(64, 4, "none", rest="--set=mesh.zero=1"),
             "data32": _ours(32, 16, "elementwise", tensor=2),
-            "data16": _ours(16, 16, "elementwise", tensor=4),
-            "data64+planes": "",
+            "data16-overlap": _ours(16, 16, "elementwise", tensor=4, rest=_OVERLAP),
+            "data64+no-planes": "",
         },
         2048,
         f"per_device_batch_size=8 {_THEIR_LADDER}",
@@ -146,11 +153,12 @@ SHAPES = {
         _LADDER,
         {
             "data256-full": _ours(256, 2, "full"),
+            "data256-full-bfloat16": _ours(256, 2, "full", rest=_SUMS),
+            "data256-projections-bfloat16": _ours(256, 2, "projections", rest=_SUMS),
             "data256-mlp": _ours(256, 2, "mlp"),
             "data256-elementwise": _ours(256, 1, "elementwise"),
             "data128": _ours(128, 4, "full", tensor=2),
-            "data64": _ours(64, 8, "full", tensor=4),
-            "data16": _ours(16, 16, "full", tensor=16),
+            "data64-overlap": _ours(64, 8, "full", tensor=4, rest=_OVERLAP),
         },
         2048,
         f"per_device_batch_size=2 {_THEIR_LADDER}",
@@ -173,9 +181,9 @@ SHAPES = {
             "data512": _ours(512, 4, "elementwise"),
             "data512-none": _ours(512, 4, "none"),
             "data512-mlp": _ours(512, 4, "mlp"),
-            "data128": _ours(128, 16, "mlp", tensor=4),
-            "data64": _ours(64, 16, "elementwise", tensor=8),
-            "data512+planes": "",
+            "data128-overlap": _ours(128, 16, "mlp", tensor=4, rest=_OVERLAP),
+            "data64-overlap": _ours(64, 16, "elementwise", tensor=8, rest=_OVERLAP),
+            "data512-mlp+no-planes": "",
         },
         4096,
         "per_device_batch_size=4 model_name=llama2-70b",
@@ -198,9 +206,9 @@ SHAPES = {
             "data256-full": _ours(256, 4, "full"),
             "data256-micro2": _ours(256, 2, "full"),
             "data256-projections": _ours(256, 1, "projections"),
+            "data256-full-bfloat16": _ours(256, 4, "full", rest=_SUMS),
             "data64-full": _ours(64, 8, "full", tensor=4),
-            "data64": _ours(64, 4, "mlp", tensor=4),
-            "data16": _ours(16, 8, "mlp", tensor=16),
+            "data64-overlap": _ours(64, 8, "full", tensor=4, rest=_OVERLAP),
         },
         4096,
         "per_device_batch_size=4 model_name=llama2-70b",
@@ -223,11 +231,11 @@ SHAPES = {
         "--set=train.global_batch_size=2048",
         {
             "data128": _ours(128, 16, "elementwise", tensor=8),
-            "data128-none": _ours(128, 16, "none", tensor=8),
-            "data256": _ours(256, 8, "elementwise", tensor=4),
+            "data128-overlap": _ours(128, 16, "elementwise", tensor=8, rest=_OVERLAP),
+            "data256-overlap": _ours(256, 8, "elementwise", tensor=4, rest=_OVERLAP),
             "data512": _ours(512, 4, "elementwise", tensor=2),
             "data1024": _ours(1024, 2, "elementwise"),
-            "data1024-none": _ours(1024, 2, "none"),
+            "data1024-mlp": _ours(1024, 2, "mlp"),
             "data128+planes": "",
         },
         2048,
@@ -277,6 +285,7 @@ SHAPES = {
         {
             "micro1": "--set=mesh.data=128",
             "micro5": "--set=mesh.data=128 --set=train.micro_batch_size=5",
+            "micro5-overlap": "--set=mesh.data=128 --set=train.micro_batch_size=5 " + _OVERLAP,
             "micro5+planes": "",
         },
     ),
