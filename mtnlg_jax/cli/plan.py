@@ -76,10 +76,10 @@ def main() -> None:
 
     registry.register()
     if _CALIBRATE.value:
-        if not _CHIPS.value:
+        if _PROVE.value or not _CHIPS.value:
             raise ValueError(
-                "--calibrate needs --chips: the kind and number of chips that the run used, such "
-                "as H100:8"
+                "--calibrate needs --chips, the kind and number that the run used, such as H100:8, "
+                "and takes no --prove"
             )
         from mtnlg_jax.planning.calibration import calibrate
 
