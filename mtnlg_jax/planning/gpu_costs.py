@@ -8,13 +8,14 @@ node over NVLink and between nodes over the cards' network, which the members of
 node share.
 """
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
 
 from mtnlg_jax.hardware import Chip
 from mtnlg_jax.planning import hlo_cost
-from mtnlg_jax.planning.hlo import Instruction, Program
+from mtnlg_jax.planning.hlo import Instruction, Program, split_top
 from mtnlg_jax.planning.timeline import Transfer
 from mtnlg_jax.planning.tpu_costs import HOST, traffic
 
@@ -53,9 +54,10 @@ class GpuCosts:
                 return LAUNCH
             self.assumed[kernel[0]] += 1
             return LAUNCH + flops / (KERNEL_SHARE * self.chip.flops)
-        moved = traffic(program, computation, instruction) / (MEMORY_SHARE * self.chip.memory_speed)
+        moved = traffic(program, computation, _outputs_alone(instruction))
+        seconds = moved / (MEMORY_SHARE * self.chip.memory_speed)
         share = PRODUCT_SHARE if _is_short(program, computation, instruction) else FLOAT32_SHARE
-        return LAUNCH + max(moved, flops / (share * self.chip.flops))
+        return LAUNCH + max(seconds, flops / (share * self.chip.flops))
 
     def transfer(self, transfer: Transfer) -> float:
         if not transfer.axes:
@@ -78,6 +80,17 @@ class GpuCosts:
         if transfer.kind == "collective-permute":
             return transfer.group if (nodes[:, 0] == nodes[:, 1]).all() else 1
         return int(np.unique(nodes[0], return_counts=True)[1].max())
+
+
+def _outputs_alone(instruction: Instruction) -> Instruction:
+    """Return an instruction whose shape has its results alone.
+
+    The shape of an asynchronous start is (operands, results, context), and ``traffic`` would count
+    the operands as written: of a slice, the whole array."""
+    if not instruction.opcode.endswith("-start"):
+        return instruction
+    parts = split_top(instruction.shape[1:-1])
+    return dataclasses.replace(instruction, shape=parts[1]) if len(parts) > 1 else instruction
 
 
 def _is_short(program: Program, computation: str, instruction: Instruction) -> bool:

@@ -50,6 +50,45 @@ def test_fusion_takes_the_longer_of_its_products_and_its_bytes(given, share, siz
     assert seconds == pytest.approx(LAUNCH + max(products, moved))
 
 
+SLICED = """HloModule m, is_scheduled=true
+
+%slice (stack: bf16[24,64,64], at: s32[]) -> bf16[1,64,64] {
+  %stack = bf16[24,64,64]{2,1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %s = bf16[1,64,64]{2,1,0} dynamic-slice(%stack, %at, %zero, %zero), \
+    dynamic_slice_sizes={1,64,64}
+}
+
+%update (stack: bf16[24,64,64], part: bf16[1,64,64], at: s32[]) -> bf16[24,64,64] {
+  %stack = bf16[24,64,64]{2,1,0} parameter(0)
+  %part = bf16[1,64,64]{2,1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %u = bf16[24,64,64]{2,1,0} dynamic-update-slice(%stack, %part, %at, %zero, %zero)
+}
+
+ENTRY %main (x: bf16[24,64,64], at: s32[]) -> bf16[24,64,64] {
+  %x = bf16[24,64,64]{2,1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %read = ((bf16[24,64,64]{2,1,0}, s32[]), bf16[1,64,64]{2,1,0}, u32[]) fusion-start(%x, %at), \
+kind=kLoop, calls=%slice
+  %part = bf16[1,64,64]{2,1,0} fusion-done(%read)
+  %write = ((bf16[24,64,64]{2,1,0}, bf16[1,64,64]{2,1,0}, s32[]), bf16[24,64,64]{2,1,0}, u32[]) \
+fusion-start(%x, %part, %at), kind=kLoop, calls=%update
+  ROOT %y = bf16[24,64,64]{2,1,0} fusion-done(%write)
+}
+"""
+
+
+def test_asynchronous_slices_move_the_slice_alone():
+    # The shape of a start has the operands, too: the whole stack.
+    moved = 2 * 2 * 64 * 64 * 2  # read and written, once out of the stack and once into it
+    step = Timeline(Program(SLICED), MESH, GpuCosts(CHIP, 8)).step
+    speed = MEMORY_SHARE * CHIP.memory_speed
+    assert step.seconds == pytest.approx(2 * LAUNCH + moved / speed, rel=1e-4)
+
+
 def group(first: int, stride: int, size: int) -> str:
     return "replica_groups={{" + ",".join(str(first + stride * n) for n in range(size)) + "}}"
 
