@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_calibration.py                              all points
     python benchmarks/gpu_calibration.py --points=maxtext-7b,mpt-7b
+    python benchmarks/gpu_calibration.py --again=FOLDER               kept programs, not compiled
     python benchmarks/gpu_calibration.py --table                      the table of the docs
 
 Each point compiles this package's train step for the described GPUs, with the sizes, the batch and
@@ -12,6 +13,7 @@ the programs. No constant is fitted.
 """
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -21,9 +23,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from mtnlg_jax.config import Config, load_config
 from mtnlg_jax.planning import topology
 
 RESULT = Path(__file__).parent / "results" / "gpu_calibration.json"
+BASE = "configs/ladder.py:1.7b"  # every size of it is set
 SECONDS = 3000  # limit of one compilation
 
 _MEGATRON = "Narayanan 2021, arXiv 2104.04473, table 1; micro-batch of Megatron-LM, sc21 scripts"
@@ -192,28 +196,24 @@ POINTS = {
     ),
     "maxtext-llama3-70b": Point(
         "H100:16x8",
-        _layout(LLAMA3_70B, 256, 2, "mlp", zero=3),
+        _layout(LLAMA3_70B, 256, 2, "projections", zero=3),
         f"{_RECIPES}, maxtext/README_70b.md of 25.02 (Llama 3)",
         seconds=15.563,
-        differs="theirs keeps queries, keys and values alone",
+        differs="ours computes queries, keys and values again; with them kept it does not fit",
     ),
     "nemo-llama3-8b": Point(
         "H100:1x8",
-        _layout(LLAMA3_8B, 128, 1, "none", context=2, zero=1),
+        _layout(LLAMA3_8B, 128, 1, "elementwise", context=2, zero=1),
         f"{_RECIPES}, llama3.1/README_8b.md, NeMo 24.09",
         seconds=12.91,
-    ),
-    "nemo-llama3-8b-128": Point(
-        "H100:16x8",
-        _layout(LLAMA3_8B, 2048, 1, "none", context=2, zero=1),
-        f"{_RECIPES}, llama3.1/README_8b.md, NeMo 24.09",
-        seconds=13.10,
+        differs="ours computes norms and activations again, and does not fit even so",
     ),
     "nemo-nemotron-15b": Point(
         "H100:2x8",
-        _layout(NEMOTRON_15B, 64, 2, "none", tensor=2, zero=1),
+        _layout(NEMOTRON_15B, 64, 2, "elementwise", tensor=2, zero=1),
         f"{_RECIPES}, nemotron/README.md, H100",
         seconds=2.746,
+        differs="ours computes norms and activations again, and does not fit even so",
     ),
     "nemo-llama3-70b": Point(
         "H100:8x8",
@@ -260,7 +260,8 @@ def published_seconds(point: Point) -> float:
         return point.seconds
     if point.tokens:
         return batch * length / chips / point.tokens
-    layers, width = settings["model.num_layers"], settings["model.hidden_size"]
+    layers = settings["model.num_layers"]
+    width = settings["model.hidden_size"]
     vocabulary = settings["model.vocab_size"]
     rest = 1 + length / (6 * width) + vocabulary / (16 * layers * width)
     return 96 * batch * length * layers * width**2 * rest / (chips * point.tflops * 1e12)
@@ -268,8 +269,24 @@ def published_seconds(point: Point) -> float:
 
 def command_of(point: Point) -> list[str]:
     """Return the arguments of launch/compile_ahead.py."""
-    settings = [f"--set={name}={value}" for name, value in point.settings.items()]
-    return ["--config=configs/ladder.py:1.7b", f"--topology={point.described}", *settings]
+    settings = [f"--set={setting}" for setting in settings_of(point)]
+    return [f"--config={BASE}", f"--topology={point.described}", *settings]
+
+
+def settings_of(point: Point) -> list[str]:
+    return [f"{name}={value}" for name, value in point.settings.items()]
+
+
+def config_of(point: Point) -> Config:
+    return load_config(BASE, settings_of(point))
+
+
+def sizes_of(point: Point) -> dict[str, int]:
+    """Return the sizes of the mesh axes, in the order of mtnlg_jax/parallel/mesh.py."""
+    mesh = config_of(point).mesh
+    data = topology.parse(point.described).chips // (mesh.pipe * mesh.context * mesh.tensor)
+    sizes = {"pipe": mesh.pipe, "data": data, "expert": mesh.expert}
+    return sizes | {"context": mesh.context, "tensor": mesh.tensor}
 
 
 def main() -> None:
@@ -279,6 +296,7 @@ def main() -> None:
     parser.add_argument("--points", default=",".join(POINTS), help="names, with commas")
     parser.add_argument("--output", default=str(RESULT), help=f"default {RESULT}")
     parser.add_argument("--keep", help="folder for the programs; default: none is kept")
+    parser.add_argument("--again", help="predict the programs of --keep=FOLDER by today's rules")
     parser.add_argument("--table", action="store_true", help="print what the output has")
     flags = parser.parse_args()
     output = Path(flags.output)
@@ -295,8 +313,12 @@ def main() -> None:
     except ValueError as error:
         sys.exit(str(error))
     for name in names:
-        kept = [f"--hlo={flags.keep}/{name}.hlo"] if flags.keep else []
-        found = measure(POINTS[name], kept)
+        if flags.again:
+            found = result["points"][name] | about(POINTS[name])
+            found |= again(POINTS[name], Path(flags.again, f"{name}.hlo"))
+        else:
+            kept = [f"--hlo={flags.keep}/{name}.hlo"] if flags.keep else []
+            found = measure(POINTS[name], kept)
         print(name, json.dumps(found), flush=True)
         result["points"][name] = found
         result |= {
@@ -308,24 +330,8 @@ def main() -> None:
 
 def measure(point: Point, more: list[str]) -> dict:
     """Compile and predict a point, with ``more`` flags of compile_ahead.py."""
-    command = ["launch/compile_ahead.py", *command_of(point), "--time", "--prove=0"]
-    seconds = published_seconds(point)
-    found = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *command]),
-        "source": point.source,
-        "published": next(
-            f"{value} {unit}"
-            for value, unit in (
-                (point.seconds, "s"),
-                (point.tokens, "tokens/s a GPU"),
-                (point.tflops, "TFLOP/s a GPU, recomputed ones counted"),
-            )
-            if value
-        ),
-        "published_seconds": round(seconds, 4),
-        "differs": point.differs,
-    }
+    found = about(point) | {"date": datetime.date.today().isoformat()}
+    command = shown_command(point)
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder, "said.json")
         try:
@@ -343,13 +349,8 @@ def measure(point: Point, more: list[str]) -> dict:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             return found | {"failure": "".join(lines[-1:])[:300]}
         measured = json.loads(said.read_text())
-    return found | summary(measured, point, seconds)
-
-
-def summary(measured: dict, point: Point, seconds: float) -> dict:
-    """Return what is kept of a measurement of compile_ahead.py."""
     predicted = measured["predicted"]
-    found = {
+    found |= {
         "compiler": measured["compiler"],
         "peak_bytes": measured["peak"],
         "limit_bytes": measured["limit"],
@@ -357,9 +358,53 @@ def summary(measured: dict, point: Point, seconds: float) -> dict:
     }
     if predicted is None:
         return found | {"failure": (measured["failure"] or measured["not_predicted"])[:300]}
+    return found | summary(predicted, published_seconds(point))
+
+
+def shown_command(point: Point) -> list[str]:
+    return ["launch/compile_ahead.py", *command_of(point), "--time", "--prove=0"]
+
+
+def about(point: Point) -> dict:
+    """Return what is kept of a point itself."""
+    stated = (
+        (point.seconds, "s"),
+        (point.tokens, "tokens/s a GPU"),
+        (point.tflops, "TFLOP/s a GPU, recomputed ones counted"),
+    )
+    return {
+        "command": " ".join(["python", *shown_command(point)]),
+        "source": point.source,
+        "published": next(f"{value} {unit}" for value, unit in stated if value),
+        "published_seconds": round(published_seconds(point), 4),
+        "differs": point.differs,
+    }
+
+
+def again(point: Point, program: Path) -> dict:
+    """Predict a kept program."""
+    from jax.sharding import AbstractMesh
+
+    from mtnlg_jax import compat
+    from mtnlg_jax.planning import prediction, steps
+
+    described = topology.parse(point.described)
+    # Blocks of attention without a kernel depend on the device.
+    compat.compile_for(described.platform, described.kind)
+    config = config_of(point)
+    sizes = sizes_of(point)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    trips = steps.dynamic_trips(config, mesh, "train")
+    timeline, costs = prediction.simulate(program.read_text(), described, [], sizes, trips)
+    predicted = prediction.predict(config, timeline, costs, described.chips)
+    return summary(dataclasses.asdict(predicted), published_seconds(point))
+
+
+def summary(predicted: dict, seconds: float) -> dict:
+    """Return what is kept of a prediction; ``seconds`` are the published ones."""
     mfu = predicted["mfu"]
     ratio = seconds / predicted["seconds"]
-    return found | {
+    return {
         "predicted_seconds": round(predicted["seconds"], 4),
         "predicted_mfu": round(mfu, 4),
         "predicted_hfu": round(predicted["hfu"], 4),
@@ -376,25 +421,41 @@ def summary(measured: dict, point: Point, seconds: float) -> dict:
 
 
 def table(points: dict[str, dict]) -> str:
-    """Return the points as rows of Markdown."""
+    """Return the points as rows of Markdown, in the order of POINTS."""
     lines = []
-    for name, found in points.items():
-        point = POINTS[name]
-        start = f"| {name} | {point.described} | {found['published_seconds']:.3g}"
-        if "failure" in found:
-            lines.append(f"{start} | {found['failure'][:60]} | | | | |")
+    for name, point in POINTS.items():
+        found = points.get(name)
+        if found is None:
             continue
-        most = ", ".join(
-            f"{label} {share:.0%}"
+        start = f"| {name} | {point.described} | {layout_of(point)} "
+        if "failure" in found:
+            lines.append(f"{start}| {found['published_seconds']:.2f} s | {found['failure']} | | |")
+            continue
+        too_large = found["peak_bytes"] > found["limit_bytes"]
+        rest = [
+            f"{label} {100 * share:.0f} %"
             for label, share in found["shares"].items()
-            if "products" not in label
-        )
+            if not label.startswith("products")
+        ]
         lines.append(
-            f"{start}, {found['published_mfu']:.1%} | {found['predicted_seconds']:.3g}, "
-            f"{found['predicted_mfu']:.1%} | {found['predicted_hfu']:.1%} | {found['ratio']:.2f} | "
-            f"{', '.join(most.split(', ')[:2])} |"
+            f"{start}| {found['published_seconds']:.2f} s, {100 * found['published_mfu']:.1f} % "
+            f"| {found['predicted_seconds']:.2f} s, {100 * found['predicted_mfu']:.1f} % "
+            f"| {found['ratio']:.2f} | {', '.join(rest[:2])}{'; does not fit' * too_large} |"
         )
     return "\n".join(lines)
+
+
+def layout_of(point: Point) -> str:
+    config = config_of(point)
+    sizes = sizes_of(point)
+    axes = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
+    virtual = config.mesh.virtual_pipe
+    chunks = f", {virtual} chunks" if virtual > 1 else ""
+    train = config.train
+    return (
+        f"{axes}{chunks}, ZeRO {config.mesh.zero}, micro-batch {train.micro_batch_size}, "
+        f"{train.recompute}"
+    )
 
 
 if __name__ == "__main__":
