@@ -14,7 +14,7 @@ import numpy as np
 
 from mtnlg_jax.hardware import Chip
 from mtnlg_jax.planning import hlo_cost
-from mtnlg_jax.planning.hlo import Instruction, Program
+from mtnlg_jax.planning.hlo import Instruction, Program, bytes_of
 from mtnlg_jax.planning.timeline import Transfer
 from mtnlg_jax.planning.tpu_costs import HOST, traffic
 
@@ -46,16 +46,21 @@ class GpuCosts:
     ) -> float:
         if instruction.opcode not in _WORKS:
             return 0.0
-        kernel = hlo_cost.kernel_of(instruction) if instruction.opcode == "custom-call" else None
-        if kernel:
-            if not flops:
-                self.unknown[kernel[0]] += 1
-                return LAUNCH
-            self.assumed[kernel[0]] += 1
-            return LAUNCH + flops / (KERNEL_SHARE * self.chip.flops)
-        moved = traffic(program, computation, instruction) / (MEMORY_SHARE * self.chip.memory_speed)
+        named = hlo_cost.kernel_of(instruction) if instruction.opcode == "custom-call" else None
+        if named and not flops:
+            self.unknown[named[0]] += 1
+            return LAUNCH
         share = PRODUCT_SHARE if _is_short(program, computation, instruction) else FLOAT32_SHARE
-        return LAUNCH + max(moved, flops / (share * self.chip.flops))
+        seconds = 0.0
+        for product, part in hlo_cost.products_of(program, computation, instruction):
+            kernel = hlo_cost.kernel_of(product) if product.opcode == "custom-call" else None
+            if kernel:
+                self.assumed[kernel[0]] += 1
+            seconds += part / ((KERNEL_SHARE if kernel else share) * self.chip.flops)
+        if named:
+            return LAUNCH + seconds
+        moved = _moved(program, computation, instruction)
+        return LAUNCH + max(seconds, moved / (MEMORY_SHARE * self.chip.memory_speed))
 
     def transfer(self, transfer: Transfer) -> float:
         if not transfer.axes:
@@ -78,6 +83,53 @@ class GpuCosts:
         if transfer.kind == "collective-permute":
             return transfer.group if (nodes[:, 0] == nodes[:, 1]).all() else 1
         return int(np.unique(nodes[0], return_counts=True)[1].max())
+
+
+def _moved(program: Program, computation: str, instruction: Instruction) -> int:
+    """Return the bytes of main memory that an instruction reads and writes.
+
+    A slice, or rows that are looked up, count as what is read of the array; an update in place as
+    what it writes. The compiler may reshape an array before that."""
+    name = next(iter(program.called(instruction, "calls")), None)
+    if name is None:
+        return traffic(program, computation, instruction)
+    body = program.computations[name]
+    index = program.index(name)
+    root = program.roots[name]
+    outputs = root.operands if root.opcode == "tuple" else (root.name,)
+    read = sum(_read(body, part) for part in body if part.opcode == "parameter")
+    return read + sum(_written(index, output) for output in outputs)
+
+
+_PARTS = ("slice", "dynamic-slice", "gather")
+# The operand that an update in place writes into the first one.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+
+
+def _read(body: list[Instruction], parameter: Instruction) -> int:
+    whole = bytes_of(parameter.shape)
+    names = {parameter.name}
+    total = 0
+    for user in body:  # in the order of use
+        if not names.intersection(user.operands) or user is parameter:
+            continue
+        first_alone = user.operands[0] in names and not names.intersection(user.operands[1:])
+        if user.opcode == "bitcast":
+            names.add(user.name)
+        elif user.opcode in _PARTS and first_alone:
+            total += bytes_of(user.shape)
+        elif not (user.opcode in _UPDATES and first_alone):
+            return whole
+    return min(total, whole)
+
+
+def _written(index: dict[str, Instruction], name: str) -> int:
+    output = index[name]
+    while output.opcode == "bitcast":
+        output = index[output.operands[0]]
+    if output.opcode in _UPDATES:
+        return bytes_of(index[output.operands[_UPDATES[output.opcode]]].shape)
+    return bytes_of(output.shape)
 
 
 def _is_short(program: Program, computation: str, instruction: Instruction) -> bool:

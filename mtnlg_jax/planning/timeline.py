@@ -224,20 +224,23 @@ class _Walk:
         seconds = self.costs.compute(self.program, self.computation, instruction, flops)
         if not seconds and not flops:
             return
-        label = self._class(instruction, [product.op_name for product, _ in products])
+        label = self._class(instruction, [product for product, _ in products])
         self.span.flops[label] += flops
         self._spend(
             instruction.name, label, seconds, self.timeline.sources.of(instruction.attributes)
         )
 
-    def _class(self, instruction: Instruction, origins: list[str]) -> str:
-        """Return the class of an instruction; ``origins`` are those of its products."""
+    def _class(self, instruction: Instruction, products: list[Instruction]) -> str:
         if self._updates(instruction):
             return OPTIMIZER
-        if instruction.opcode == "custom-call" and hlo_cost.kernel_of(instruction):
+        # The GPU compiler fuses slices to a kernel.
+        inside = products if instruction.opcode == "fusion" else ()
+        calls = [each for each in (instruction, *inside) if each.opcode == "custom-call"]
+        if any(hlo_cost.kernel_of(call) for call in calls):
             return KERNELS
-        if origins:
-            again = any(scope in name for name in origins for scope in _REMATERIALIZED)
+        if products:
+            names = [product.op_name for product in products]
+            again = any(scope in name for name in names for scope in _REMATERIALIZED)
             return AGAIN if again else PRODUCTS
         return OUTSIDE if self.depth == 0 else ELEMENTWISE
 

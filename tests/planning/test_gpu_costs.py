@@ -5,6 +5,7 @@ import pytest
 from mtnlg_jax.hardware import CHIPS
 from mtnlg_jax.planning.gpu_costs import (
     FLOAT32_SHARE,
+    KERNEL_SHARE,
     LATENCY,
     LAUNCH,
     LINK_SHARE,
@@ -48,6 +49,113 @@ def test_fusion_takes_the_longer_of_its_products_and_its_bytes(given, share, siz
     products = 2 * 64**3 / (share * CHIP.flops)
     moved = 3 * 64 * 64 * size / (MEMORY_SHARE * CHIP.memory_speed)
     assert seconds == pytest.approx(LAUNCH + max(products, moved))
+
+
+SLICED = """HloModule m, is_scheduled=true
+
+%slice (stack: bf16[24,64,64], at: s32[]) -> bf16[1,64,64] {
+  %stack = bf16[24,64,64]{2,1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %s = bf16[1,64,64]{2,1,0} dynamic-slice(%stack, %at, %zero, %zero), \
+    dynamic_slice_sizes={1,64,64}
+}
+
+%update (stack: bf16[24,64,64], part: bf16[1,64,64], at: s32[]) -> bf16[24,64,64] {
+  %stack = bf16[24,64,64]{2,1,0} parameter(0)
+  %part = bf16[1,64,64]{2,1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %u = bf16[24,64,64]{2,1,0} dynamic-update-slice(%stack, %part, %at, %zero, %zero)
+}
+
+ENTRY %main (x: bf16[24,64,64], at: s32[]) -> bf16[24,64,64] {
+  %x = bf16[24,64,64]{2,1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %read = ((bf16[24,64,64]{2,1,0}, s32[]), bf16[1,64,64]{2,1,0}, u32[]) fusion-start(%x, %at), \
+kind=kLoop, calls=%slice
+  %part = bf16[1,64,64]{2,1,0} fusion-done(%read)
+  %write = ((bf16[24,64,64]{2,1,0}, bf16[1,64,64]{2,1,0}, s32[]), bf16[24,64,64]{2,1,0}, u32[]) \
+fusion-start(%x, %part, %at), kind=kLoop, calls=%update
+  ROOT %y = bf16[24,64,64]{2,1,0} fusion-done(%write)
+}
+"""
+
+
+def test_asynchronous_slices_move_the_slice_alone():
+    # The shape of a start has the operands, too: the whole stack.
+    moved = 2 * 2 * 64 * 64 * 2  # read and written, once out of the stack and once into it
+    step = Timeline(Program(SLICED), MESH, GpuCosts(CHIP, 8)).step
+    speed = MEMORY_SHARE * CHIP.memory_speed
+    assert step.seconds == pytest.approx(2 * LAUNCH + moved / speed, rel=1e-4)
+
+
+RESHAPED = """HloModule m, is_scheduled=true
+
+%part (stack: bf16[24,64,64], rows: bf16[64,64]) -> bf16[1,64,64] {
+  %stack = bf16[24,64,64]{2,1,0} parameter(0)
+  %rows = bf16[64,64]{1,0} parameter(1)
+  %flat = bf16[1536,64]{1,0} bitcast(%stack)
+  %first = bf16[64,64]{1,0} slice(%flat), slice={[0:64], [0:64]}
+  %sum = bf16[64,64]{1,0} add(%first, %rows)
+  ROOT %s = bf16[1,64,64]{2,1,0} bitcast(%sum)
+}
+
+%into (stack: bf16[24,64,64], part: bf16[1,64,64], at: s32[]) -> bf16[1536,64] {
+  %stack = bf16[24,64,64]{2,1,0} parameter(0)
+  %flat = bf16[1536,64]{1,0} bitcast(%stack)
+  %part = bf16[1,64,64]{2,1,0} parameter(1)
+  %rows = bf16[64,64]{1,0} bitcast(%part)
+  %at = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %u = bf16[1536,64]{1,0} dynamic-update-slice(%flat, %rows, %at, %zero)
+}
+
+ENTRY %main (x: bf16[24,64,64], y: bf16[64,64], at: s32[]) -> bf16[1536,64] {
+  %x = bf16[24,64,64]{2,1,0} parameter(0)
+  %y = bf16[64,64]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %read = bf16[1,64,64]{2,1,0} fusion(%x, %y), kind=kLoop, calls=%part
+  ROOT %write = bf16[1536,64]{1,0} fusion(%x, %read, %at), kind=kLoop, calls=%into
+}
+"""
+
+
+def test_slices_of_reshaped_arrays_move_the_slice_alone():
+    moved = (3 + 2) * 64 * 64 * 2  # two read and one written; one read and one written in place
+    step = Timeline(Program(RESHAPED), MESH, GpuCosts(CHIP, 8)).step
+    speed = MEMORY_SHARE * CHIP.memory_speed
+    assert step.seconds == pytest.approx(2 * LAUNCH + moved / speed, rel=1e-4)
+
+
+KERNEL = """HloModule m, is_scheduled=true
+
+%sliced (stack: bf16[24,64,64], at: s32[]) -> bf16[64,64] {
+  %stack = bf16[24,64,64]{2,1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %s = bf16[1,64,64]{2,1,0} dynamic-slice(%stack, %at, %zero, %zero), \
+dynamic_slice_sizes={1,64,64}
+  %q = bf16[64,64]{1,0} bitcast(%s)
+  ROOT %k = bf16[64,64]{1,0} custom-call(%q), custom_call_target="mosaic_gpu_v2", \
+metadata={op_name="jit(f)/attention_dq:2000000000000flops/mosaic"}
+}
+
+ENTRY %main (x: bf16[24,64,64], at: s32[]) -> bf16[64,64] {
+  %x = bf16[24,64,64]{2,1,0} parameter(0)
+  %at = s32[] parameter(1)
+  ROOT %f = bf16[64,64]{1,0} fusion(%x, %at), kind=kCustom, calls=%sliced
+}
+"""
+
+
+def test_kernel_that_slices_are_fused_to_counts_as_a_kernel():
+    costs = GpuCosts(CHIP, 8)
+    step = Timeline(Program(KERNEL), MESH, costs).step
+    assert step.classes == {
+        "attention kernels": pytest.approx(LAUNCH + 2e12 / (KERNEL_SHARE * CHIP.flops))
+    }
+    assert list(costs.assumed) == ["attention_dq"]
 
 
 def group(first: int, stride: int, size: int) -> str:
