@@ -155,6 +155,8 @@ SHAPES = {
             "data256-full": _ours(256, 2, "full"),
             "data256-full-bfloat16": _ours(256, 2, "full", rest=_SUMS),
             "data256-projections-bfloat16": _ours(256, 2, "projections", rest=_SUMS),
+            "data256-mlp-bfloat16": _ours(256, 2, "mlp", rest=_SUMS),
+            "data256-elementwise-bfloat16": _ours(256, 2, "elementwise", rest=_SUMS),
             "data256-mlp": _ours(256, 2, "mlp"),
             "data256-elementwise": _ours(256, 1, "elementwise"),
             "data128": _ours(128, 4, "full", tensor=2),
@@ -289,6 +291,19 @@ SHAPES = {
             "micro5+planes": "",
         },
     ),
+}
+
+
+# Shape -> MFU to reach.
+GOALS = {
+    "32b-v5p": 0.74,
+    "7.5b-v5p": 0.65,
+    "7.5b-v5e": 0.65,
+    "70b-v5p": 0.65,
+    "70b-v6e": 0.65,
+    "175b-v5p": 0.68,
+    "mtnlg": 0.68,
+    "7b-131k": 0.50,
 }
 
 

@@ -1,0 +1,94 @@
+"""Print the tables of docs/predicted_step.md from benchmarks/results/predicted_step.json.
+
+python benchmarks/predicted_tables.py
+"""
+
+import json
+
+from predicted_shapes import GOALS, SHAPES
+from predicted_step import RESULT
+
+from mtnlg_jax.planning import prediction, topology
+
+GIB = 2**30
+SHOWN = 3  # classes of a row, after the products
+
+
+def main() -> None:
+    kept = json.loads(RESULT.read_text())["rows"]
+    print(summary(kept))
+    for name, shape in SHAPES.items():
+        print(f"\n### {name}\n\n{shape.about} on {shape.described}.")
+        for side, title in (("ours", "this package"), ("maxtext", "MaxText 0.2.5")):
+            rows = of(kept, name, side)
+            if rows:
+                print(f"\n| {title} | seconds | MFU | peak, GiB | most after the products |")
+                print("| --- | --- | --- | --- | --- |")
+                for setting, row in sorted(rows.items(), key=lambda each: seconds_of(each[1])):
+                    print(f"| {setting} | {cells(row, name)} |")
+
+
+def of(kept: dict, shape: str, side: str) -> dict[str, dict]:
+    start = f"{shape}/{side}/"
+    return {name.removeprefix(start): row for name, row in kept.items() if name.startswith(start)}
+
+
+def seconds_of(row: dict) -> float:
+    return row.get("seconds", float("inf"))
+
+
+def figures(row: dict, shape: str) -> tuple[str, str]:
+    """Return seconds and MFU, in parentheses beyond the best published MFU of the chip."""
+    shown = f"{row['seconds']:.3g}" if row["seconds"] < 10 else f"{row['seconds']:.2f}"
+    mfu = f"{row['mfu']:.1%}".replace("%", " %")
+    kind = topology.parse(SHAPES[shape].described).kind
+    if prediction.is_beyond(kind, row["mfu"]):
+        return f"({shown})", f"({mfu})"
+    return shown, mfu
+
+
+def cells(row: dict, shape: str) -> str:
+    if "seconds" not in row:
+        why = row["failure"]
+        return f"does not fit | | | {'' if 'emory' in why or 'error_1000' in why else why[:80]}"
+    others = {
+        label: share
+        for label, share in row["shares"].items()
+        if label not in ("products", "outside loops") and share >= 0.01
+    }
+    most = sorted(others.items(), key=lambda each: -each[1])[:SHOWN]
+    text = ", ".join(f"{label} {share:.1%}".replace("%", " %") for label, share in most)
+    return " | ".join([*figures(row, shape), f"{row['peak_bytes'] / GIB:.1f}", text])
+
+
+def summary(kept: dict) -> str:
+    """Return the table of the best settings of each side beside the goals."""
+    lines = [
+        "| step | this package's best | MaxText's best | seconds, ratio | MFU, goal |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, goal in GOALS.items():
+        best = {}
+        for side in ("ours", "maxtext"):
+            rows = of(kept, name, side)
+            fitting = [setting for setting in rows if "seconds" in rows[setting]]
+            if fitting:
+                setting = min(fitting, key=lambda each: rows[each]["seconds"])
+                best[side] = setting, rows[setting]
+        if "ours" not in best:
+            continue
+        setting, mine = best["ours"]
+        theirs = best.get("maxtext")
+        seconds, mfu = figures(mine, name)
+        lines.append(
+            f"| {name}, {SHAPES[name].described} | {setting}: {seconds} s | "
+            + (f"{theirs[0]}: {figures(theirs[1], name)[0]} s | " if theirs else "- | ")
+            + (f"{mine['seconds'] / theirs[1]['seconds']:.2f} | " if theirs else "- | ")
+            + f"{mfu}, {goal:.0%}".replace("%", " %").replace("  ", " ")
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
