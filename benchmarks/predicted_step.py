@@ -35,9 +35,15 @@ def main() -> None:
     parser.add_argument("--keep", help="folder for MaxText's programs; default: none is kept")
     parser.add_argument("--output", default=str(RESULT), help=f"default {RESULT}")
     flags = parser.parse_args()
+    try:
+        names = chosen(flags.rows.split(","))
+    except ValueError as error:
+        parser.error(str(error))
+    if flags.maxtext is None and any("/maxtext/" in name for name in names):
+        parser.error("rows of MaxText need --maxtext=PYTHON; --rows=SHAPE/ours leaves them out")
     output = Path(flags.output)
     result = json.loads(output.read_text()) if output.exists() else {"rows": {}}
-    for name in chosen(flags.rows.split(",")):
+    for name in names:
         side = name.split("/")[1]
         row = ours(name) if side == "ours" else theirs(name, flags.maxtext, flags.keep)
         row["date"] = datetime.date.today().isoformat()
@@ -97,9 +103,7 @@ def ours(name: str) -> dict:
     }
 
 
-def theirs(name: str, python: str | None, keep: str | None) -> dict:
-    if python is None:
-        raise ValueError(f"row {name} needs --maxtext=PYTHON")
+def theirs(name: str, python: str, keep: str | None) -> dict:
     shape_name, _, setting = name.split("/")
     found = measure(name.replace("/", "-"), SHAPES[shape_name].point(setting), python, keep)
     kept = ("arguments", "flags", "peak_bytes", "shares", "failure")
