@@ -109,7 +109,7 @@ def _moved(program: Program, computation: str, instruction: Instruction) -> int:
         written = [update.operands[_UPDATES[update.opcode]] for update in updates] or [output]
         total += sum(bytes_of(index[each].shape) for each in written)
     parameters = [part for part in body if part.opcode == "parameter"]
-    return total + sum(_read(body, parameter, in_place) for parameter in parameters)
+    return total + sum(_read(body, root, parameter, in_place) for parameter in parameters)
 
 
 def _updates(index: dict[str, Instruction], output: str) -> list[Instruction]:
@@ -123,7 +123,9 @@ def _updates(index: dict[str, Instruction], output: str) -> list[Instruction]:
     return found if current.opcode == "parameter" else []
 
 
-def _read(body: list[Instruction], parameter: Instruction, in_place: set[str]) -> int:
+def _read(
+    body: list[Instruction], root: Instruction, parameter: Instruction, in_place: set[str]
+) -> int:
     whole = bytes_of(parameter.shape)
     sizes = {parameter.name: whole}  # of the array in other shapes and types
     total = 0
@@ -137,7 +139,7 @@ def _read(body: list[Instruction], parameter: Instruction, in_place: set[str]) -
             total += whole * bytes_of(user.shape) // sizes[user.operands[0]]
         elif not (user.name in in_place and first_alone):
             return whole
-    return min(total, whole)
+    return whole if root.name in sizes else min(total, whole)
 
 
 def _is_short(program: Program, computation: str, instruction: Instruction) -> bool:

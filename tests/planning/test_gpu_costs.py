@@ -155,12 +155,18 @@ UPDATED = """HloModule m, is_scheduled=true
   ROOT %s = bf16[1,64]{1,0} slice(%short), slice={[23:24], [0:64]}
 }
 
+%cast (stack: f32[24,64]) -> bf16[24,64] {
+  %stack = f32[24,64]{1,0} parameter(0)
+  ROOT %short = bf16[24,64]{1,0} convert(%stack)
+}
+
 ENTRY %main (x: f32[24,64], y: f32[24,64], part: f32[1,64]) -> f32[24,64] {
   %x = f32[24,64]{1,0} parameter(0)
   %y = f32[24,64]{1,0} parameter(1)
   %part = f32[1,64]{1,0} parameter(2)
   %sum = f32[24,64]{1,0} fusion(%x, %y, %part), kind=kLoop, calls=%added
   %last = bf16[1,64]{1,0} fusion(%x), kind=kLoop, calls=%converted
+  %short = bf16[24,64]{1,0} fusion(%x), kind=kLoop, calls=%cast
   ROOT %pad = f32[24,64]{1,0} fusion(%part), kind=kLoop, calls=%padded
 }
 """
@@ -168,7 +174,8 @@ ENTRY %main (x: f32[24,64], y: f32[24,64], part: f32[1,64]) -> f32[24,64] {
 
 # Updates that are not in place write the whole array; a slice is read before it is converted.
 @pytest.mark.parametrize(
-    ("name", "rows"), [("sum", 24 + 24 + 1 + 24), ("pad", 1 + 24), ("last", 1 + 0.5)]
+    ("name", "rows"),
+    [("sum", 24 + 24 + 1 + 24), ("pad", 1 + 24), ("last", 1 + 0.5), ("short", 24 + 12)],
 )
 def test_updates_elsewhere_and_converted_slices(name, rows):
     program = Program(UPDATED)
