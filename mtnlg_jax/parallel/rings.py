@@ -56,7 +56,7 @@ def _groups(sizes: Sequence[int], number: int) -> Groups:
 
 
 def sizes_on(mesh: Mesh, axis: str) -> tuple[int, ...]:
-    """Return the sizes of the stages along ``axis``, of which each lies on one dim of the torus.
+    """Return the sizes of the stages along ``axis``, each of which lies on one dim of the torus.
 
     () is one stage: for other chips than v5e and v6e, for an axis on one dim or over several
     slices, and where the devices along ``axis`` do not follow the dims in order.
@@ -87,7 +87,7 @@ def sizes_on(mesh: Mesh, axis: str) -> tuple[int, ...]:
 
 
 def _place(device) -> tuple[int, ...]:
-    # First the slice, whose chips alone share a torus.
+    # The slice first: only its own chips share a torus.
     return (getattr(device, "slice_index", None) or 0, *device.coords)
 
 
