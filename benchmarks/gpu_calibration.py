@@ -67,16 +67,10 @@ def _model(
     }
 
 
-def _llama(
-    layers: int, width: int, heads: int, vocabulary: int, length: int, **rest: object
-) -> dict[str, object]:
+def _llama(*sizes: int, **rest: object) -> dict[str, object]:
     """Llama's block; ``rest`` has the width of the MLP and the key/value heads."""
     return _model(
-        layers,
-        width,
-        heads,
-        vocabulary,
-        length,
+        *sizes,
         add_bias=False,
         position_embedding_type="rotary",
         normalization="rmsnorm",
@@ -119,14 +113,13 @@ def _layout(
     model: dict[str, object], batch: int, micro: int, recompute: str, **mesh: int
 ) -> dict[str, object]:
     """Return all settings. ``data`` takes the GPUs that the other axes leave."""
-    short = {"train.reduce_dtype": "bfloat16"}
     return {
         **model,
         **{f"mesh.{axis}": size for axis, size in ({"pipe": 1, "data": -1} | mesh).items()},
         "train.global_batch_size": batch,
         "train.micro_batch_size": micro,
         "train.recompute": recompute,
-        **short,
+        "train.reduce_dtype": "bfloat16",
     }
 
 
@@ -309,12 +302,16 @@ def main() -> None:
     if unknown:
         sys.exit(f"--points={unknown[0]} is not a point; choose from {', '.join(POINTS)}")
     try:
-        topology.check_installed(topology.parse(POINTS[names[0]].described))
+        if flags.again:
+            check_kept(names, result["points"], output, flags.again)
+        else:
+            topology.check_installed(topology.parse(POINTS[names[0]].described))
     except ValueError as error:
         sys.exit(str(error))
     for name in names:
         if flags.again:
             found = result["points"][name] | about(POINTS[name])
+            found.pop("failure", None)
             found |= again(POINTS[name], Path(flags.again, f"{name}.hlo"))
         else:
             kept = [f"--hlo={flags.keep}/{name}.hlo"] if flags.keep else []
@@ -379,6 +376,19 @@ def about(point: Point) -> dict:
         "published_seconds": round(published_seconds(point), 4),
         "differs": point.differs,
     }
+
+
+def check_kept(names: list[str], points: dict[str, dict], output: Path, folder: str) -> None:
+    """Raise ValueError if ``output`` or ``folder`` lacks a point as it is compiled today."""
+    for name in names:
+        program = Path(folder, f"{name}.hlo")
+        # The program tells neither its settings nor its peak.
+        command = about(POINTS[name])["command"]
+        if points.get(name, {}).get("command") != command or not program.exists():
+            raise ValueError(
+                f"--again needs {name} with today's settings in {output}, and {program}; compile "
+                f"it first, with --points={name} --keep={folder}"
+            )
 
 
 def again(point: Point, program: Path) -> dict:

@@ -40,7 +40,7 @@ def seconds_of(row: dict) -> float:
 def figures(row: dict, shape: str) -> tuple[str, str]:
     """Return seconds and MFU, in parentheses beyond the best published MFU of the chip."""
     shown = f"{row['seconds']:.3g}" if row["seconds"] < 10 else f"{row['seconds']:.2f}"
-    mfu = f"{row['mfu']:.1%}".replace("%", " %")
+    mfu = f"{100 * row['mfu']:.1f} %"
     kind = topology.parse(SHAPES[shape].described).kind
     if prediction.is_beyond(kind, row["mfu"]):
         return f"({shown})", f"({mfu})"
@@ -50,21 +50,22 @@ def figures(row: dict, shape: str) -> tuple[str, str]:
 def cells(row: dict, shape: str) -> str:
     if "seconds" not in row:
         why = row["failure"]
-        return f"does not fit | | | {'' if 'emory' in why or 'error_1000' in why else why[:80]}"
+        too_large = "emory" in why or "error_1000" in why
+        return "does not fit | | | " if too_large else f"fails | | | {why[:80]}"
     others = {
         label: share
         for label, share in row["shares"].items()
         if label not in ("products", "outside loops") and share >= 0.01
     }
     most = sorted(others.items(), key=lambda each: -each[1])[:SHOWN]
-    text = ", ".join(f"{label} {share:.1%}".replace("%", " %") for label, share in most)
+    text = ", ".join(f"{label} {100 * share:.1f} %" for label, share in most)
     return " | ".join([*figures(row, shape), f"{row['peak_bytes'] / GIB:.1f}", text])
 
 
 def summary(kept: dict) -> str:
     """Return the table of the best settings of each side beside the goals."""
     lines = [
-        "| step | this package's best | MaxText's best | seconds, ratio | MFU, goal |",
+        "| step | this package's best | MaxText's best | ratio of seconds | MFU, goal |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, goal in GOALS.items():
@@ -84,8 +85,7 @@ def summary(kept: dict) -> str:
             f"| {name}, {SHAPES[name].described} | {setting}: {seconds} s | "
             + (f"{theirs[0]}: {figures(theirs[1], name)[0]} s | " if theirs else "- | ")
             + (f"{mine['seconds'] / theirs[1]['seconds']:.2f} | " if theirs else "- | ")
-            + f"{mfu}, {goal:.0%}".replace("%", " %").replace("  ", " ")
-            + " |"
+            + f"{mfu}, {100 * goal:.0f} % |"
         )
     return "\n".join(lines)
 

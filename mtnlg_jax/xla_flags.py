@@ -62,7 +62,7 @@ class Group:
     """TPU flags that are set together or not at all.
 
     ``what`` they do appears in messages; ``flags``: flag -> source of the recommendation;
-    ``unsplit``: only for meshes that split neither matrices nor sequences.
+    ``unsplit``: only for meshes over data alone.
     """
 
     what: str

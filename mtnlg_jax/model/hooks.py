@@ -68,7 +68,7 @@ class Hooks(NamedTuple):
     rows_B: jax.Array | None = None  # number of each row in the global batch, for dropout
     penalty_B: jax.Array | None = None  # weight of each row's router losses; None: no such losses
     counted_B: jax.Array | None = None  # 1 for rows whose tokens count as loads of experts, else 0
-    overlap: bool = False  # mesh.tp_comm_overlap: products while chunks of the sequence travel
+    overlap: bool = False  # mesh.tp_comm_overlap: multiply a chunk while another is sent
 
 
 PLAIN = Hooks()

@@ -111,7 +111,7 @@ def _sum_of_chunks(part: Callable[[int], jax.Array]) -> jax.Array:
 
 
 def _passed(parts: Sequence[jax.Array], direction: list[tuple[int, int]]) -> jax.Array | None:
-    """Return the sum that arrives, where each device on the way adds its own of ``parts``."""
+    """Return the sum that arrives, to which each device on the way adds its own of ``parts``."""
     total = None
     for part in parts:
         total = lax.ppermute(part if total is None else total + part, "tensor", direction)
@@ -141,7 +141,8 @@ def _put(whole: jax.Array, chunk: jax.Array, offset: int) -> jax.Array:
 
 # --- the two products with their gradients
 
-# The transpose by autodiff would keep all chunks. These keep the device's own, as a gather does.
+# The transpose by autodiff would keep all chunks. These keep the device's own chunk, as a gather
+# does.
 # The gradient of a weight is one product of all chunks: a sum of one for each would be slower.
 
 

@@ -56,10 +56,10 @@ def _groups(sizes: Sequence[int], number: int) -> Groups:
 
 
 def sizes_on(mesh: Mesh, axis: str) -> tuple[int, ...]:
-    """Return the sizes of the stages along ``axis``, of which each lies on one dim of the torus.
+    """Return the sizes of the stages along ``axis``, each of which lies on one dim of the torus.
 
-    () is one stage: for other chips than v5e and v6e, for an axis on one dim, and where the devices
-    along ``axis`` do not follow the dims in order.
+    () is one stage: for other chips than v5e and v6e, for an axis on one dim or over several
+    slices, and where the devices along ``axis`` do not follow the dims in order.
     """
     if mesh.devices.flat[0].device_kind not in _KINDS or mesh.shape[axis] == 1:
         return ()
@@ -68,6 +68,10 @@ def sizes_on(mesh: Mesh, axis: str) -> tuple[int, ...]:
     # One row for each group along the axis: (groups, size, dims).
     lines = np.moveaxis(places, mesh.axis_names.index(axis), -2)
     lines = lines.reshape(-1, mesh.shape[axis], places.shape[-1])
+    # The compiler sends a device's own shard to the other slices. A stage of its own would send
+    # what the stages before have gathered, on v5e:4x8*2 32 times as much.
+    if (lines[..., 0] != lines[:, :1, 0]).any():
+        return ()
     sizes = []
     step = 1
     while step < lines.shape[1]:
@@ -83,7 +87,7 @@ def sizes_on(mesh: Mesh, axis: str) -> tuple[int, ...]:
 
 
 def _place(device) -> tuple[int, ...]:
-    # Slices count as a dim of their own.
+    # The slice first: only its own chips share a torus.
     return (getattr(device, "slice_index", None) or 0, *device.coords)
 
 

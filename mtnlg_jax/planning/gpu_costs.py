@@ -85,6 +85,11 @@ class GpuCosts:
         return int(np.unique(nodes[0], return_counts=True)[1].max())
 
 
+_PARTS = ("slice", "dynamic-slice", "gather")
+# The operand that an update in place writes into the first one.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+
+
 def _moved(program: Program, computation: str, instruction: Instruction) -> int:
     """Return the bytes of main memory that an instruction reads and writes.
 
@@ -96,40 +101,45 @@ def _moved(program: Program, computation: str, instruction: Instruction) -> int:
     body = program.computations[name]
     index = program.index(name)
     root = program.roots[name]
-    outputs = root.operands if root.opcode == "tuple" else (root.name,)
-    read = sum(_read(body, part) for part in body if part.opcode == "parameter")
-    return read + sum(_written(index, output) for output in outputs)
+    total = 0
+    in_place: set[str] = set()
+    for output in root.operands if root.opcode == "tuple" else (root.name,):
+        updates = _updates(index, output)
+        in_place |= {update.name for update in updates}
+        written = [update.operands[_UPDATES[update.opcode]] for update in updates] or [output]
+        total += sum(bytes_of(index[each].shape) for each in written)
+    parameters = [part for part in body if part.opcode == "parameter"]
+    return total + sum(_read(body, root, parameter, in_place) for parameter in parameters)
 
 
-_PARTS = ("slice", "dynamic-slice", "gather")
-# The operand that an update in place writes into the first one.
-_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+def _updates(index: dict[str, Instruction], output: str) -> list[Instruction]:
+    """Return the updates that turn an argument into ``output`` in place; [] if there is none."""
+    found = []
+    current = index[output]
+    while current.opcode == "bitcast" or current.opcode in _UPDATES:
+        if current.opcode in _UPDATES:
+            found.append(current)
+        current = index[current.operands[0]]
+    return found if current.opcode == "parameter" else []
 
 
-def _read(body: list[Instruction], parameter: Instruction) -> int:
+def _read(
+    body: list[Instruction], root: Instruction, parameter: Instruction, in_place: set[str]
+) -> int:
     whole = bytes_of(parameter.shape)
-    names = {parameter.name}
+    sizes = {parameter.name: whole}  # of the array in other shapes and types
     total = 0
     for user in body:  # in the order of use
-        if not names.intersection(user.operands) or user is parameter:
+        if not sizes.keys() & set(user.operands) or user is parameter:
             continue
-        first_alone = user.operands[0] in names and not names.intersection(user.operands[1:])
-        if user.opcode == "bitcast":
-            names.add(user.name)
+        first_alone = user.operands[0] in sizes and not sizes.keys() & set(user.operands[1:])
+        if user.opcode in ("bitcast", "convert"):
+            sizes[user.name] = bytes_of(user.shape)
         elif user.opcode in _PARTS and first_alone:
-            total += bytes_of(user.shape)
-        elif not (user.opcode in _UPDATES and first_alone):
+            total += whole * bytes_of(user.shape) // sizes[user.operands[0]]
+        elif not (user.name in in_place and first_alone):
             return whole
-    return min(total, whole)
-
-
-def _written(index: dict[str, Instruction], name: str) -> int:
-    output = index[name]
-    while output.opcode == "bitcast":
-        output = index[output.operands[0]]
-    if output.opcode in _UPDATES:
-        return bytes_of(index[output.operands[_UPDATES[output.opcode]]].shape)
-    return bytes_of(output.shape)
+    return whole if root.name in sizes else min(total, whole)
 
 
 def _is_short(program: Program, computation: str, instruction: Instruction) -> bool:

@@ -90,12 +90,16 @@ def test_stages_follow_the_dims_of_the_torus(mesh, sizes):
     assert rings.sizes_on(mesh, "data") == sizes
 
 
-def test_slices_count_as_a_dim():
-    mesh = _slice((4, 4, 4), (64,))
-    for number, device in enumerate(mesh.devices.flat):
-        device.slice_index = number // 16
-        device.coords = (0, number // 4 % 4, number % 4)
-    assert rings.sizes_on(mesh, "data") == (4, 4, 4)
+@pytest.mark.parametrize(
+    ("axis", "sizes"),
+    [("data", ()), ("pipe", (4, 4))],  # axis: along which the two slices lie
+)
+def test_no_stage_crosses_slices(axis, sizes):
+    shape, axes = ((32,), ("data",)) if axis == "data" else ((2, 16), ("pipe", "data"))
+    mesh = _slice((2, 4, 4), shape, axes)
+    for device in mesh.devices.flat:
+        device.slice_index, *device.coords = device.coords
+    assert rings.sizes_on(mesh, "data") == sizes
 
 
 @pytest.mark.parametrize("zero", [1, 3])

@@ -128,6 +128,63 @@ def test_slices_of_reshaped_arrays_move_the_slice_alone():
     assert step.seconds == pytest.approx(2 * LAUNCH + moved / speed, rel=1e-4)
 
 
+UPDATED = """HloModule m, is_scheduled=true
+
+%added (sums: f32[24,64], stack: f32[24,64], part: f32[1,64]) -> f32[24,64] {
+  %sums = f32[24,64]{1,0} parameter(0)
+  %stack = f32[24,64]{1,0} parameter(1)
+  %part = f32[1,64]{1,0} parameter(2)
+  %at = s32[] constant(23)
+  %zero = s32[] constant(0)
+  %u = f32[24,64]{1,0} dynamic-update-slice(%stack, %part, %at, %zero)
+  ROOT %a = f32[24,64]{1,0} add(%sums, %u)
+}
+
+%padded (part: f32[1,64]) -> f32[24,64] {
+  %part = f32[1,64]{1,0} parameter(0)
+  %at = s32[] constant(23)
+  %zero = s32[] constant(0)
+  %none = f32[] constant(0)
+  %zeros = f32[24,64]{1,0} broadcast(%none), dimensions={}
+  ROOT %u = f32[24,64]{1,0} dynamic-update-slice(%zeros, %part, %at, %zero)
+}
+
+%converted (stack: f32[24,64]) -> bf16[1,64] {
+  %stack = f32[24,64]{1,0} parameter(0)
+  %short = bf16[24,64]{1,0} convert(%stack)
+  ROOT %s = bf16[1,64]{1,0} slice(%short), slice={[23:24], [0:64]}
+}
+
+%cast (stack: f32[24,64]) -> bf16[24,64] {
+  %stack = f32[24,64]{1,0} parameter(0)
+  ROOT %short = bf16[24,64]{1,0} convert(%stack)
+}
+
+ENTRY %main (x: f32[24,64], y: f32[24,64], part: f32[1,64]) -> f32[24,64] {
+  %x = f32[24,64]{1,0} parameter(0)
+  %y = f32[24,64]{1,0} parameter(1)
+  %part = f32[1,64]{1,0} parameter(2)
+  %sum = f32[24,64]{1,0} fusion(%x, %y, %part), kind=kLoop, calls=%added
+  %last = bf16[1,64]{1,0} fusion(%x), kind=kLoop, calls=%converted
+  %short = bf16[24,64]{1,0} fusion(%x), kind=kLoop, calls=%cast
+  ROOT %pad = f32[24,64]{1,0} fusion(%part), kind=kLoop, calls=%padded
+}
+"""
+
+
+# Updates that are not in place write the whole array; a slice is read before it is converted.
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("sum", 24 + 24 + 1 + 24), ("pad", 1 + 24), ("last", 1 + 0.5), ("short", 24 + 12)],
+)
+def test_updates_elsewhere_and_converted_slices(name, rows):
+    program = Program(UPDATED)
+    fusion = program.index("main")[name]
+    seconds = GpuCosts(CHIP, 8).compute(program, "main", fusion, 0)
+    moved = rows * 64 * 4
+    assert seconds - LAUNCH == pytest.approx(moved / (MEMORY_SHARE * CHIP.memory_speed), rel=1e-3)
+
+
 KERNEL = """HloModule m, is_scheduled=true
 
 %sliced (stack: bf16[24,64,64], at: s32[]) -> bf16[64,64] {
