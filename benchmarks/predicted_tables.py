@@ -1,6 +1,6 @@
-"""Print the tables of docs/predicted_step.md from benchmarks/results/predicted_step.json.
+"""Print docs/predicted_rows.md, the tables of benchmarks/results/predicted_step.json.
 
-python benchmarks/predicted_tables.py
+python benchmarks/predicted_tables.py > docs/predicted_rows.md
 """
 
 import json
@@ -12,11 +12,20 @@ from mtnlg_jax.planning import prediction, topology
 
 GIB = 2**30
 SHOWN = 3  # classes of a row, after the products
+TITLE = """# Predicted rows
+
+Every step that [predicted step](predicted_step.md) compares, by `benchmarks/predicted_tables.py`. **Nothing here was measured
+on a TPU.** `data64` has mesh.data=64 and the rest over tensor or context; a word behind it is train.recompute
+(`elementwise` where there is none), the type of the sums of gradients, the stage of ZeRO (3 where there is none), or
+`overlap` for mesh.tp_comm_overlap. `fsdp64` is MaxText's axis, and a word behind it its remat_policy (`minimal` where there
+is none). `benchmarks/predicted_shapes.py` has the flags of each.
+
+"""
 
 
 def main() -> None:
     kept = json.loads(RESULT.read_text())["rows"]
-    print(summary(kept))
+    print(TITLE + summary(kept))
     for name, shape in SHAPES.items():
         print(f"\n### {name}\n\n{shape.about} on {shape.described}.")
         for side, title in (("ours", "this package"), ("maxtext", "MaxText 0.2.5")):
