@@ -14,11 +14,13 @@ GIB = 2**30
 SHOWN = 3  # classes of a row, after the products
 TITLE = """# Predicted rows
 
-Every step that [predicted step](predicted_step.md) compares, by `benchmarks/predicted_tables.py`. **Nothing here was measured
-on a TPU.** `data64` has mesh.data=64 and the rest over tensor or context; a word behind it is train.recompute
-(`elementwise` where there is none), the type of the sums of gradients, the stage of ZeRO (3 where there is none), or
-`overlap` for mesh.tp_comm_overlap. `fsdp64` is MaxText's axis, and a word behind it its remat_policy (`minimal` where there
-is none). `benchmarks/predicted_shapes.py` has the flags of each.
+Every step that [predicted step](predicted_step.md) compares, by
+`benchmarks/predicted_tables.py`. **Nothing here was measured on a TPU.** `data64` has
+mesh.data=64 and the rest over tensor or context; a word behind it is train.recompute
+(`elementwise` where there is none), the type of the sums of gradients, the stage of ZeRO (3
+where there is none), or `overlap` for mesh.tp_comm_overlap. `fsdp64` is MaxText's axis, and a
+word behind it its remat_policy (`minimal` where there is none).
+`benchmarks/predicted_shapes.py` has the flags of each.
 
 """
 
