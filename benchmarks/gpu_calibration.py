@@ -201,6 +201,13 @@ POINTS = {
         seconds=12.91,
         differs="ours computes norms and activations again, and does not fit even so",
     ),
+    "nemo-llama3-8b-128": Point(
+        "H100:16x8",
+        _layout(LLAMA3_8B, 2048, 1, "elementwise", context=2, zero=1),
+        f"{_RECIPES}, llama3.1/README_8b.md, NeMo 24.09",
+        seconds=13.10,
+        differs="ours computes norms and activations again",
+    ),
     "nemo-nemotron-15b": Point(
         "H100:2x8",
         _layout(NEMOTRON_15B, 64, 2, "elementwise", tensor=2, zero=1),
