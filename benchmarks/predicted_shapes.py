@@ -87,6 +87,9 @@ _BLOCKS = (
     "sa_block_q=2048 sa_block_kv=2048 sa_block_kv_compute=2048 sa_block_q_dkv=2048 "
     "sa_block_kv_dkv=2048 sa_block_kv_dkv_compute=2048 sa_use_fused_bwd_kernel=true"
 )
+_ULYSSES = (
+    "context_parallel_strategy=ulysses context_parallel_load_balance=false use_tokamax_splash=true"
+)
 _OFFLOAD = (
     f"decoder_layer_input=offload query_proj=offload key_proj=offload value_proj=offload {_BLOCKS}"
 )
@@ -263,14 +266,14 @@ SHAPES = {
             "ulysses-none": _ours(8, 1, "none", context=8),
         },
         131072,
-        "per_device_batch_size=0.25 model_name=llama2-7b ici_context_parallelism=8",
+        "per_device_batch_size=0.25 model_name=llama2-7b ici_context_parallelism=8 " + _SPLIT,
         {
             "gather-full": _theirs(8, "full"),
             "gather": _theirs(8, "minimal"),
             "gather-context": _theirs(8, "minimal_with_context"),
             "gather-qkv": _theirs(8, "save_qkv_proj"),
             "gather-blocks": _theirs(8, "full", 1, _BLOCKS),
-            "ulysses": _theirs(8, "full", 1, "context_parallel_strategy=ulysses"),
+            "ulysses-full": _theirs(8, "full", 1, _ULYSSES),
         },
     ),
     "mtnlg": Shape(
