@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
@@ -205,25 +204,12 @@ def test_the_parallelism_page_shows_the_table():
     assert len(table) > 8 and page[start : start + len(table)] == table
 
 
-class _Tpu:
-    """A device as JAX describes it."""
-
-    platform = "tpu"
-    core_on_chip = 0
-    process_index = 0
-
-    def __init__(self, kind: str, coords: tuple[int, int, int]):
-        self.device_kind = kind
-        self.coords = coords
-
-
 @pytest.mark.parametrize(
     ("kind", "extent", "data", "tensor"),
     [("TPU v6 lite", (16, 16, 1), 128, 2), ("TPU v5p", (4, 4, 4), 32, 2)],
 )
-def test_axes_share_a_dim_of_the_torus(kind, extent, data, tensor):
-    devices = [_Tpu(kind, place[::-1]) for place in np.ndindex(*extent[::-1])]
-    found = make_mesh(MeshConfig(data=data, tensor=tensor), devices)
+def test_axes_share_a_dim_of_the_torus(described_tpus, kind, extent, data, tensor):
+    found = make_mesh(MeshConfig(data=data, tensor=tensor), described_tpus(kind, extent))
     assert found.shape["data"] == data
     neighbors = [device.coords for device in found.devices[0, 0, 0, 0]]
     assert sum(abs(a - b) for a, b in zip(*neighbors, strict=True)) == 1

@@ -313,7 +313,7 @@ def test_what_is_sent_for_experts_equals_the_step(mesh):
     sent = _sent_over_expert(program.jaxpr, 1)
     job = Job(config, A100)
     layout = layout_of(config)
-    expected = job.seconds(layout)[0]["expert"] * job.speed(layout, "expert")
+    expected = job.seconds(layout)[0]["expert"] * job.network.speed(layout.sizes, "expert")
     assert sent == pytest.approx(expected / job.micro_batches(layout)[0])
 
 
@@ -369,7 +369,8 @@ def test_a_device_holds_its_part_of_the_experts():
     ],
 )
 def test_an_axis_has_the_speed_of_its_network(mtnlg, mesh, axis, speed):
-    assert Job(mtnlg, A100).speed(Layout(*mesh, 1, "circular", 1, None, 1, "none"), axis) == speed
+    sizes = Layout(*mesh, 1, "circular", 1, None, 1, "none").sizes
+    assert Job(mtnlg, A100).network.speed(sizes, axis) == speed
 
 
 def test_context_traffic_equals_korthikanti(mtnlg):
@@ -386,8 +387,8 @@ def test_context_traffic_equals_korthikanti(mtnlg):
     ):
         job = Job(override(mtnlg, f"mesh.context_mode={mode}"), A100)
         layout = Layout(1, 1, c, t, 1, "circular", 1, None, 1, "none")
-        seconds = job.seconds(layout)[0]["context"]
-        assert seconds * job.speed(layout, "context") / (3 * 105 * 1920) == pytest.approx(expected)
+        sent = job.seconds(layout)[0]["context"] * job.network.speed(layout.sizes, "context")
+        assert sent / (3 * 105 * 1920) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("row", ["mtnlg-micro5", "ours-data16", "ours-data64"])
