@@ -120,8 +120,8 @@ CHIPS = {
         tpu=True,
         clock=1.5e9,
         link=45 * GB,
-        products=0.90,
-        kernels=0.60,
+        products=0.88,
+        kernels=0.58,
         staged=True,
     ),
     "v5p": Chip(
@@ -137,8 +137,8 @@ CHIPS = {
         tpu=True,
         clock=1.75e9,
         link=90 * GB,
-        products=0.82,
-        kernels=0.64,
+        products=0.85,
+        kernels=0.63,
         sparse=True,
     ),
     "v6e": Chip(
@@ -154,9 +154,10 @@ CHIPS = {
         tpu=True,
         clock=1.75e9,
         link=90 * GB,
-        products=0.78,
-        kernels=0.26,
+        products=0.79,
+        kernels=0.24,
         staged=True,
+        sparse=True,
     ),
     # Its two cores are two devices that share the chip's memory and network.
     "TPU7x": Chip(

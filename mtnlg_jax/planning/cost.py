@@ -8,9 +8,9 @@ layouts of large models; a run of your own calibrates it (search.measured_effici
 Of v5e, v5p and v6e the compiler's schedule is known (hardware.Chip, docs/predicted_step.md):
 - attention kernels reach a share of the peak of their own, over the scores below the diagonal;
 - operations outside products count by the bytes of activations that they read and write;
-- SparseCores of v5p run collectives over tensor beside the backward pass, and ZeRO-3's scatters;
-  its gathers too where only rows are split;
-- v5e and v6e hide ZeRO-3's gathers and no scatters.
+- of ZeRO-3's traffic v6e hides gathers and scatters behind products, v5e gathers alone, v5p
+  scatters and, where only rows are split, gathers;
+- v5p runs collectives over tensor beside the backward pass, if tensor lies on one dim of the torus.
 Elsewhere products run at EFFICIENCY in whole, and only ZeRO-3 overlaps: inside a layer it can move
 later weights during earlier products. The other collectives feed the very next product.
 
@@ -29,7 +29,7 @@ from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import AXES, ROWS, plan_table
 from mtnlg_jax.planning import adapters, traffic
 from mtnlg_jax.planning.estimate import Estimate
-from mtnlg_jax.planning.layout import POLICIES, Layout, Policy
+from mtnlg_jax.planning.layout import POLICIES, Layout
 from mtnlg_jax.planning.tiles import padded_size
 from mtnlg_jax.planning.tpu_costs import MEMORY_SHARE as STREAMED
 from mtnlg_jax.train import lora
@@ -49,6 +49,8 @@ MEMORY_SHARE = 0.9
 CIRCULAR_COPIES = 1.25
 # Bytes in units of s b h that the backward pass of one layer holds (Korthikanti 2022, equation 4).
 LAYER_BYTES = 34
+# Bytes moved in a micro-batch for each whole gradient: 4 into the stack of layers, 10 to its sum.
+SUM_BYTES = 14
 
 
 class _Stage(NamedTuple):
@@ -97,7 +99,6 @@ class Job:
         known = known_share(config, chip)
         self.efficiency = efficiency or known or EFFICIENCY
         self.scheduled = known > 0  # whether what a schedule shows beside products is counted
-        self.network = traffic.Network(chip) if chip else None
         model = config.model
         self.sequence = config.sequence_length
         self.batch = config.train.global_batch_size
@@ -156,6 +157,10 @@ class Job:
         if self.chip is None:
             raise ValueError("without a chip a job has no times")
         return self.chip
+
+    @functools.cached_property
+    def network(self) -> traffic.Network:
+        return traffic.Network(self._known_chip)
 
     def micro_batches(self, layout: Layout) -> tuple[int, int, int]:
         """Return (micro-batches of a step, those plus the empty ones that fill the last flush of a
@@ -300,10 +305,10 @@ class Job:
             kernels = 3.5 * kernel
         compute = 3 * forward + kernels
 
-        # Forward there are four in a layer.
-        by_tensor = x * tensor * self.network.seconds(layout.sizes, ("tensor",))
+        by_tensor, beside = self.network.over_tensor(layout.sizes, self.scheduled)
+        by_tensor *= x * tensor
         collectives = (policy.collectives + 4 * twice) * layers
-        beside = chip.sparse * self.scheduled * (collectives - 4 * layers) * by_tensor
+        beside *= (collectives - 4 * layers) * by_tensor  # four of a layer's are forward
         sent = (
             (3 + piped) * layers * self.item * tokens * traffic.context_width(self.config, layout)
         )
@@ -316,9 +321,9 @@ class Job:
         return _Stage(
             compute=compute,
             recompute=recompute,
-            elementwise=layers * self._elementwise(policy, x) if self.scheduled else 0.0,
+            elementwise=self._elementwise(layout, layers * x, all_blocks),
             tensor=collectives * by_tensor - beside,
-            context=sent * self._by_context(layout),
+            context=sent * traffic.context_seconds(self.config, self.network, layout),
             expert=by_expert / self.network.speed(layout.sizes, "expert"),
             fetch=fetch,
             hidden=hidden + beside,
@@ -328,19 +333,19 @@ class Job:
             again=again,
         )
 
-    def _by_context(self, layout: Layout) -> float:
-        """Seconds of a byte that a device sends in attention."""
-        if traffic.context_mode(self.config, layout) == "ulysses":
-            return self.network.exchange(layout.sizes, "context")
-        return 1 / self.network.speed(layout.sizes, "context")
-
-    def _elementwise(self, policy: Policy, x: float) -> float:
-        """Seconds of one layer outside products, by the bytes that it reads and writes."""
+    def _elementwise(self, layout: Layout, inputs: float, blocks: int) -> float:
+        """Seconds of one micro-batch outside products, by the bytes that they read and write;
+        ``inputs``: bytes of the inputs of a stage's layers, which have ``blocks`` numbers."""
+        if not self.scheduled:
+            return 0.0
         model = self.config.model
-        moved = LAYER_BYTES + 2 * policy.kept
+        each = LAYER_BYTES + 2 * POLICIES[layout.recompute].kept
         if model.gated:  # 11 passes over the width of the MLP
-            moved += 22 * model.mlp_width / model.hidden_size
-        return moved / 2 * x / (STREAMED * self._known_chip.memory_speed)
+            each += 22 * model.mlp_width / model.hidden_size
+        moved = each / 2 * inputs
+        if layout.zero < 3 and self.micro_batches(layout)[0] > 1:
+            moved += SUM_BYTES * blocks
+        return moved / (STREAMED * self._known_chip.memory_speed)
 
     def _fetched(
         self, layout: Layout, numbers: int, experts: int, forward: float, work: float
@@ -348,24 +353,23 @@ class Job:
         """Return the seconds in which one micro-batch waits for the weights and gradients of layers
         with ZeRO-3, and those that its ``work`` hides; ``forward``: of the forward products.
 
-        Without a schedule, and for the gathers of v5e and v6e, all but the first weight can move
-        during products. v5p moves all beside them where only rows are split. Otherwise its gathers
-        are synchronous, and scatters hide behind the products that follow in their layer, half of
-        the backward pass in the mean.
+        All but the first weight of a layer can move during its products; by the schedules behind
+        half of them in the mean, those that follow in the layer. v5p hides all where only rows are
+        split. Otherwise its gathers are synchronous, as are the scatters of v5e.
         """
         chip = self._known_chip
         gathers = (2 + (layout.pipe > 1)) * self.item * self._moved(layout, numbers, experts)
         scatters = self.reduced * self._moved(layout, numbers, experts)
-        split = layout.data < layout.devices
         if not self.scheduled:
             hidden = min((gathers + scatters) * self.behind, work)
         elif chip.staged:
-            hidden = min(gathers * self.behind, work)
-        elif split:
-            scatters = self.reduced * self._moved(layout, numbers, experts, rings=1)
-            hidden = min(scatters * self.behind, forward)
-        else:
+            moving = gathers + chip.sparse * scatters
+            hidden = min(moving * self.behind, work / 2)
+        elif layout.data == layout.devices:
             hidden = min(gathers + scatters, work)
+        else:
+            scatters = self.reduced * self._moved(layout, numbers, experts, rings=1)
+            hidden = min(scatters * self.behind, forward)  # half of the backward products
         return gathers + scatters - hidden, hidden
 
     def _moved(self, layout: Layout, numbers: float, experts: float = 0, rings: int = 3) -> float:

@@ -122,6 +122,17 @@ class Network:
         slowest = min(self.speed(sizes, axis, rings) for axis in axes)
         return (size - 1) / size / slowest
 
+    def over_tensor(self, sizes: Sizes, scheduled: bool) -> tuple[float, float]:
+        """Seconds of a collective over tensor for each byte of the whole array, and the share of
+        those in the backward pass that runs beside products. On v5p all do; if tensor lies on
+        several dims none does, and of ten collectives four, scatters, are on one of them."""
+        seconds = self.seconds(sizes, ("tensor",))
+        if not scheduled or not self.chip.sparse or self.chip.staged:
+            return seconds, 0.0
+        if len(self._lines(sizes, "tensor")) < 2:
+            return seconds, 1.0
+        return 0.6 * seconds + 0.4 * self.seconds(sizes, ("tensor",), 1), 0.0
+
     def exchange(self, sizes: Sizes, axis: str) -> float:
         """Seconds of an all-to-all over ``axis`` for each byte that a device sends to others, which
         are a quarter of the ring away in the mean."""
@@ -149,6 +160,13 @@ def context_mode(config: Config, layout: Layout) -> str:
         return mode
     heads = max(1, config.model.kv_heads // layout.tensor)
     return "gather" if heads % layout.context else "ulysses"
+
+
+def context_seconds(config: Config, network: Network, layout: Layout) -> float:
+    """Seconds of a byte that a device sends to others in attention."""
+    if context_mode(config, layout) == "ulysses":
+        return network.exchange(layout.sizes, "context")
+    return 1 / network.speed(layout.sizes, "context")
 
 
 def context_width(config: Config, layout: Layout) -> float:

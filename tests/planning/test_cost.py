@@ -28,7 +28,6 @@ from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.planning.cost import CIRCULAR_COPIES, Job
 from mtnlg_jax.planning.layout import POLICIES, Layout, layout_of
 from mtnlg_jax.planning.tiles import padded_size
-from mtnlg_jax.planning.topology import parse
 from mtnlg_jax.train.batch import BATCH_KEYS
 from mtnlg_jax.train.gradients import make_loss_and_gradients
 from mtnlg_jax.train.state import abstract_state
@@ -389,20 +388,3 @@ def test_context_traffic_equals_korthikanti(mtnlg):
         layout = Layout(1, 1, c, t, 1, "circular", 1, None, 1, "none")
         sent = job.seconds(layout)[0]["context"] * job.network.speed(layout.sizes, "context")
         assert sent / (3 * 105 * 1920) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("row", ["mtnlg-micro5", "ours-data16", "ours-data64"])
-def test_seconds_on_v5p_are_near_those_of_the_compilers_schedule(row):
-    # Kept by benchmarks/predicted_step.py. Layouts that wait more are up to 21 % slower there.
-    kept = json.loads((ROOT / "benchmarks/results/predicted_step.json").read_text())["rows"][row]
-    given = [word.partition("=")[::2] for word in kept["command"].split()]
-    config = load_config(
-        str(ROOT / dict(given)["--config"]), [value for name, value in given if name == "--set"]
-    )
-    layout = layout_of(config, parse(dict(given)["--topology"]).chips)
-
-    def seconds(*efficiency):
-        return Job(config, CHIPS["v5p"], *efficiency).estimate(layout).step_seconds
-
-    assert seconds() == pytest.approx(kept["seconds"], rel=0.08)
-    assert seconds(0.5) > 1.3 * kept["seconds"]
