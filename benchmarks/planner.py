@@ -4,7 +4,7 @@
     python benchmarks/planner.py --compile                  predict all rows again, minutes for each
     python benchmarks/planner.py --compile --rows=v5e-7.5b  those whose names begin so
 
-Rows are layouts that launch/plan.py ranks or ranked first, on slices of each kind of chip.
+Rows are layouts that launch/plan.py ranks first, and some others, on slices of each kind of chip.
 Predictions are kept in benchmarks/results/planner.json, with the sums of the script's last run. The
 table that it prints is that of docs/predicted_step.md.
 """

@@ -75,18 +75,14 @@ def _take(topology: Topology, left: list[int], size: int) -> list[_Line]:
     return [line for _, line in sorted(lines, reverse=True)]
 
 
-def _kind_of(chip: Chip) -> str:
-    name = next(name for name, known in CHIPS.items() if known is chip)
-    return {"TPU7x": "tpu7x"}.get(name, name)
-
-
 class Network:
     """The links of a kind of chip. ``sizes``, which all methods take: of the mesh, as Layout.sizes.
     A search asks for the same ones very often."""
 
     def __init__(self, chip: Chip):
         self.chip = chip
-        self.kind = _kind_of(chip) if chip.tpu and chip.link else ""
+        # Where links are not known, an axis has the fast network, as on GPUs.
+        self.kind = next(name for name in CHIPS if CHIPS[name] is chip) if chip.link else ""
         self.speed = functools.cache(self._speed)
         self.seconds = functools.cache(self._seconds)
 
