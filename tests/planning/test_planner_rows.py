@@ -28,7 +28,7 @@ def kept(script):
     return json.loads(script["RESULT"].read_text())["rows"]
 
 
-# This step fills 98 % of the memory, and the compiler runs no collective over tensor beside products.
+# This step fills 98 % of the memory. The compiler runs no collective over tensor beside products.
 FURTHER = {"v5p-310.1b": 0.22}
 
 
