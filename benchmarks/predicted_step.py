@@ -70,7 +70,11 @@ def ours(name: str) -> dict:
     plain, *added = setting.split("+")
     given = f"{shape.ours} --topology={shape.described} {shape.our_settings[plain]}"
     flags = " ".join(FLAGS[each] for each in added)
-    command = ["launch/compile_ahead.py", *given.split(), "--time", "--prove=0"]
+    return compiled(["launch/compile_ahead.py", *given.split(), "--time", "--prove=0"], flags)
+
+
+def compiled(command: list[str], flags: str = "") -> dict:
+    """Run ``command`` with the compiler ``flags`` and return what it predicts."""
     with tempfile.TemporaryDirectory() as folder:
         beside = Path(folder, "said.json")
         subprocess.run(

@@ -37,9 +37,13 @@ class Chip:
     # its matrix units, and bytes/s of one ICI link in one direction. 0: not known.
     clock: float = 0.0
     link: float = 0.0
-    # Share of the peak that products of large matrices reach in this package's compiled steps, by
-    # the compiler's estimates (docs/predicted_step.md). 0: not known.
+    # Shares of the peak that products and attention kernels reach in this package's compiled steps,
+    # by the compiler's estimates: means over the rows of benchmarks/results/planner.json. 0: not
+    # known.
     products: float = 0.0
+    kernels: float = 0.0
+    staged: bool = False  # collectives over data run along one dim of the torus after another
+    sparse: bool = False  # SparseCores run collectives beside products
 
 
 _BOOK = "JAX scaling book, TPU table"
@@ -116,6 +120,9 @@ CHIPS = {
         tpu=True,
         clock=1.5e9,
         link=45 * GB,
+        products=0.88,
+        kernels=0.58,
+        staged=True,
     ),
     "v5p": Chip(
         ("TPU v5p", "TPU v5"),
@@ -130,7 +137,9 @@ CHIPS = {
         tpu=True,
         clock=1.75e9,
         link=90 * GB,
-        products=0.82,
+        products=0.85,
+        kernels=0.63,
+        sparse=True,
     ),
     "v6e": Chip(
         ("TPU v6 lite", "TPU v6e"),
@@ -145,6 +154,10 @@ CHIPS = {
         tpu=True,
         clock=1.75e9,
         link=90 * GB,
+        products=0.79,
+        kernels=0.24,
+        staged=True,
+        sparse=True,
     ),
     # Its two cores are two devices that share the chip's memory and network.
     "TPU7x": Chip(

@@ -141,3 +141,26 @@ def answering():
             return answer
 
         yield start
+
+
+class _Tpu:
+    """A device as JAX describes it."""
+
+    platform = "tpu"
+    core_on_chip = 0
+    process_index = 0
+
+    def __init__(self, kind: str, coords: tuple[int, ...]):
+        self.device_kind = kind
+        self.coords = coords
+
+
+@pytest.fixture(scope="session")
+def described_tpus():
+    """Return the devices of a slice from their kind and its three dims, x fastest."""
+
+    def describe(kind: str, dims: tuple[int, ...]) -> list[_Tpu]:
+        places = itertools.product(*map(range, dims[::-1]))
+        return [_Tpu(kind, place[::-1]) for place in places]
+
+    return describe

@@ -71,7 +71,7 @@ VOCABULARY = 51200
 
 def main() -> None:
     from mtnlg_jax.config import load_config
-    from mtnlg_jax.hardware import parse_chips
+    from mtnlg_jax.hardware import CHIPS, parse_chips
     from mtnlg_jax.interop import registry
 
     registry.register()
@@ -101,13 +101,16 @@ def main() -> None:
     if chips:
         from mtnlg_jax.planning import prove
         from mtnlg_jax.planning.layout_report import job_of, layout_report
+        from mtnlg_jax.planning.search import search
 
         topology = prove.topology_of(*chips) if _PROVE.value else None
-        print(layout_report(config, *chips, _TOP.value, _CALIBRATION.value), flush=True)
+        name, number = chips
+        job, origin = job_of(config, name, _CALIBRATION.value)
+        found = search(job, number * CHIPS[name].devices)
+        print(layout_report(job, origin, name, number, found, _TOP.value), flush=True)
         if topology is not None:
-            job, _ = job_of(config, chips[0], _CALIBRATION.value)
             print()
-            for line in prove.proofs(job, topology, topology.chips, _PROVE.value):
+            for line in prove.proofs(job, topology, found, _PROVE.value):
                 print(line, flush=True)
     else:
         from mtnlg_jax.planning.tensor_table import tensor_table

@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -101,10 +102,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """Return a mesh of AXES over ``devices`` (default: all), with the sizes of `mesh_shape`."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
+    sizes = tuple(shape.values())
     # Auto: outside the manual region, as in the optimizer's update, XLA derives how to split.
-    return jax.make_mesh(
-        tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:
+        # Only on v5e does JAX by itself divide a dim of the torus between axes.
+        split = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(split, AXES, axis_types=types)
 
 
 def parameter_name(path) -> str:

@@ -1,11 +1,18 @@
 """Predict memory and time of a run's step on a layout by arithmetic.
 
-The time of a step is the sum of what each device does: products at EFFICIENCY of the chip's peak,
-collectives at the network speed of their axis, and the ticks in which a pipeline waits. Only ZeRO-3
-overlaps: inside a layer it can move later weights during earlier products. The other collectives
-feed the very next product. Latency of messages is not counted. So a prediction has the right order
-of magnitude and ranks layouts of large models; a run of your own calibrates it
-(search.measured_efficiency).
+The time of a step is the sum of what each device does: products at a share of the chip's peak,
+collectives over the links of their axis (traffic.py), and the ticks in which a pipeline waits.
+Latency of messages is not counted. So a prediction has the right order of magnitude and ranks
+layouts of large models; a run of your own calibrates it (search.measured_efficiency).
+
+Of v5e, v5p and v6e the compiler's schedule is known (hardware.Chip, docs/predicted_step.md):
+- attention kernels reach a share of the peak of their own, over the scores below the diagonal;
+- operations outside products count by the bytes of activations that they read and write;
+- of ZeRO-3's traffic v6e hides gathers and scatters behind products, v5e gathers alone, v5p
+  scatters and, where only rows are split, gathers;
+- v5p runs collectives over tensor beside the backward pass, if tensor lies on one dim of the torus.
+Elsewhere products run at EFFICIENCY in whole, and only ZeRO-3 overlaps: inside a layer it can move
+later weights during earlier products. The other collectives feed the very next product.
 
 Formulas: Narayanan 2021 (bubble, FLOPs), Korthikanti 2022 (activation bytes), Jacobs 2023 and Llama
 Team 2024 (context traffic). Experts count as visited equally often. Collectives a layer and
@@ -20,16 +27,18 @@ from mtnlg_jax.config import Config
 from mtnlg_jax.hardware import Chip, flops_per_token, layer_flops
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import AXES, ROWS, plan_table
-from mtnlg_jax.planning import adapters
+from mtnlg_jax.planning import adapters, traffic
 from mtnlg_jax.planning.estimate import Estimate
 from mtnlg_jax.planning.layout import POLICIES, Layout
 from mtnlg_jax.planning.tiles import padded_size
+from mtnlg_jax.planning.tpu_costs import MEMORY_SHARE as STREAMED
 from mtnlg_jax.train import lora
 
-# Share of peak that products reach while a stage is busy: the one constant of the model, for chips
-# whose own (Chip.products) is not known. It comes from MT-NLG on A100s: the paper's 60.1, 50.2 and
-# 44.4 s a step on 2,240, 2,800 and 3,360 of them are predicted within 3 %. That was software of
-# 2021 with unfused kernels; Megatron-LM of 2022 reached 1.3 times as much on the same card.
+# Share of peak that products reach while a stage is busy, where that of the chip (Chip.products) is
+# not known: there it is the one constant of the model. It comes from MT-NLG on A100s: the paper's
+# 60.1, 50.2 and 44.4 s a step on 2,240, 2,800 and 3,360 of them are predicted within 3 %. That was
+# software of 2021 with unfused kernels; Megatron-LM of 2022 reached 1.3 times as much on the same
+# card.
 EFFICIENCY = 0.50
 
 # Share of the chip's memory to fill. XLA's workspace, network buffers and the runtime take the
@@ -40,6 +49,8 @@ MEMORY_SHARE = 0.9
 CIRCULAR_COPIES = 1.25
 # Bytes in units of s b h that the backward pass of one layer holds (Korthikanti 2022, equation 4).
 LAYER_BYTES = 34
+# Bytes moved in a micro-batch for each whole gradient: 4 into the stack of layers, 10 to its sum.
+SUM_BYTES = 14
 
 
 class _Stage(NamedTuple):
@@ -47,11 +58,12 @@ class _Stage(NamedTuple):
 
     compute: float
     recompute: float
+    elementwise: float  # operations outside products, where a schedule is known
     tensor: float
     context: float
     expert: float
     fetch: float  # of weights, by ZeRO-3
-    hidden: float  # traffic during products, not in ``total``
+    hidden: float  # traffic beside products, not in ``total``
     head: float  # the head's products; the stages share them unless the schedule is 1f1b
     head_tensor: float  # collectives over tensor of embedding and head
     passed: float  # bytes that one stage hands to the next
@@ -59,7 +71,7 @@ class _Stage(NamedTuple):
 
     @property
     def total(self) -> float:
-        return sum(self[:6])  # up to what is fetched
+        return sum(self[:7])  # up to what is fetched
 
 
 class _Held(NamedTuple):
@@ -84,7 +96,9 @@ class Job:
     def __init__(self, config: Config, chip: Chip | None, efficiency: float | None = None):
         self.config = config
         self.chip = chip
-        self.efficiency = efficiency or known_share(config, chip) or EFFICIENCY
+        known = known_share(config, chip)
+        self.efficiency = efficiency or known or EFFICIENCY
+        self.scheduled = known > 0  # whether what a schedule shows beside products is counted
         model = config.model
         self.sequence = config.sequence_length
         self.batch = config.train.global_batch_size
@@ -144,15 +158,9 @@ class Job:
             raise ValueError("without a chip a job has no times")
         return self.chip
 
-    def speed(self, layout: Layout, axis: str) -> float:
-        """Bytes a second in and out of a device for a collective over ``axis``; tensor is the
-        innermost axis. Members within one domain share its links: a ring over the nodes enters each
-        node once."""
-        chip = self._known_chip
-        inner = layout.sizes[AXES.index(axis) + 1 :]
-        size = getattr(layout, axis)
-        near = min(size, max(1, chip.domain // math.prod(inner)))
-        return chip.fast if near == size else min(chip.fast, near * chip.slow)
+    @functools.cached_property
+    def network(self) -> traffic.Network:
+        return traffic.Network(self._known_chip)
 
     def micro_batches(self, layout: Layout) -> tuple[int, int, int]:
         """Return (micro-batches of a step, those plus the empty ones that fill the last flush of a
@@ -202,7 +210,7 @@ class Job:
         layer = LAYER_BYTES / 2 * x + self._visit_bytes(layout, tokens)
         if tensor > 1:  # the sequence, gathered for products
             layer += 4 * x * tensor
-        if context > 1 and self.context_mode(layout) == "gather":
+        if context > 1 and traffic.context_mode(self.config, layout) == "gather":
             layer += 2 * self.item * tokens * context * model.kv_heads * model.head_width / tensor
         chunk = min(self.config.train.loss_chunk, tokens)
         head = model.vocabulary / tensor * (10 * chunk + 4 * model.hidden_size)
@@ -235,13 +243,6 @@ class Job:
         width = 2 * model.hidden_size + inner
         return self.item * tokens * layout.expert * most * width
 
-    def context_mode(self, layout: Layout) -> str:
-        mode = self.config.mesh.context_mode
-        if mode != "auto":
-            return mode
-        heads = max(1, self.config.model.kv_heads // layout.tensor)
-        return "gather" if heads % layout.context else "ulysses"
-
     def seconds(self, layout: Layout) -> tuple[dict[str, float], float, float]:
         """Return the seconds of a step by purpose, the FLOPs of all devices with recomputation, and
         the seconds of traffic that products hide."""
@@ -254,6 +255,7 @@ class Job:
         seconds = {
             "compute": used * (stage.compute + stage.head / pipe),
             "recompute": used * stage.recompute,
+            "element-wise": used * stage.elementwise,
             "tensor": used * (stage.tensor + stage.head_tensor / pipe),
             "context": used * stage.context,
             "expert": used * stage.expert,
@@ -287,55 +289,95 @@ class Job:
             # No policy keeps the visits to experts, of which a token has several.
             repeated |= {"fc1", "fc2"}
         again = sum(self.layer[name] for name in repeated) / self.forward + twice
-        products = tokens * self.forward / rate
-        forward = layers * max(products, self.item * all_blocks / layers / chip.memory_speed)
-        compute = 3 * forward
+        by_memory = self.item * all_blocks / layers / chip.memory_speed
+        kernels = 0.0
+        forward = layers * max(tokens * self.forward / rate, by_memory)
         recompute = again * forward
+        if self.scheduled:
+            # Scores are those below the diagonal, and the kernels' backward pass has 5 products for
+            # the 2 of the forward pass.
+            kernel = layers * tokens * self.layer["scores"] / 2 / (tensor * chip.flops)
+            kernel /= chip.kernels
+            matrices = self.forward - self.layer["scores"]
+            forward = layers * max(tokens * matrices / rate, by_memory)
+            done = sum(self.layer[name] for name in repeated - {"scores"}) / matrices + twice
+            recompute = done * forward + (twice + ("scores" in repeated)) * kernel
+            kernels = 3.5 * kernel
+        compute = 3 * forward + kernels
 
-        by_tensor = x * (tensor - 1) / self.speed(layout, "tensor")
-        sent = (3 + piped) * layers * self._context_bytes(layout, tokens)
-        by_expert = layers * self._expert_bytes(layout, tokens, twice)
-        hidden = 0.0
+        by_tensor, beside = self.network.over_tensor(layout.sizes, self.scheduled)
+        by_tensor *= x * tensor
+        collectives = (policy.collectives + 4 * twice) * layers
+        beside *= (collectives - 4 * layers) * by_tensor  # four of a layer's are forward
+        sent = (
+            (3 + piped) * layers * self.item * tokens * traffic.context_width(self.config, layout)
+        )
+        by_expert = layers * self.item * tokens * traffic.expert_width(self.config, layout, twice)
         fetch = 0.0
+        hidden = 0.0
         if layout.zero == 3:
-            moved = self._moved(layout, all_blocks, experts)
-            moved *= (2 + piped) * self.item + self.reduced
-            hidden = min(moved * self.behind, compute + recompute)
-            fetch = moved - hidden
+            fetch, hidden = self._fetched(layout, all_blocks, experts, forward, compute + recompute)
             fetch += self._moved(layout, all_rest) * 2 * (self.item + self.reduced)
         return _Stage(
             compute=compute,
             recompute=recompute,
-            tensor=(policy.collectives + 4 * twice) * layers * by_tensor,
-            context=sent / self.speed(layout, "context"),
-            expert=by_expert / self.speed(layout, "expert"),
+            elementwise=self._elementwise(layout, layers * x, all_blocks),
+            tensor=collectives * by_tensor - beside,
+            context=sent * traffic.context_seconds(self.config, self.network, layout),
+            expert=by_expert / self.network.speed(layout.sizes, "expert"),
             fetch=fetch,
-            hidden=hidden,
+            hidden=hidden + beside,
             head=tokens * self.head / rate,
             head_tensor=4 * by_tensor,
             passed=x,
             again=again,
         )
 
-    def _moved(self, layout: Layout, numbers: float, experts: float = 0) -> float:
+    def _elementwise(self, layout: Layout, inputs: float, blocks: int) -> float:
+        """Seconds of one micro-batch outside products, by the bytes that they read and write;
+        ``inputs``: bytes of the inputs of a stage's layers, which have ``blocks`` numbers."""
+        if not self.scheduled:
+            return 0.0
+        model = self.config.model
+        each = LAYER_BYTES + 2 * POLICIES[layout.recompute].kept
+        if model.gated:  # 11 passes over the width of the MLP
+            each += 22 * model.mlp_width / model.hidden_size
+        moved = each / 2 * inputs
+        if layout.zero < 3 and self.micro_batches(layout)[0] > 1:
+            moved += SUM_BYTES * blocks
+        return moved / (STREAMED * self._known_chip.memory_speed)
+
+    def _fetched(
+        self, layout: Layout, numbers: int, experts: int, forward: float, work: float
+    ) -> tuple[float, float]:
+        """Return the seconds in which one micro-batch waits for the weights and gradients of layers
+        with ZeRO-3, and those that its ``work`` hides; ``forward``: of the forward products.
+
+        All but the first weight of a layer can move during its products; by the schedules behind
+        half of them in the mean, those that follow in the layer. v5p hides all where only rows are
+        split. Otherwise its gathers are synchronous, as are the scatters of v5e.
+        """
+        chip = self._known_chip
+        gathers = (2 + (layout.pipe > 1)) * self.item * self._moved(layout, numbers, experts)
+        scatters = self.reduced * self._moved(layout, numbers, experts)
+        if not self.scheduled:
+            hidden = min((gathers + scatters) * self.behind, work)
+        elif chip.staged:
+            moving = gathers + chip.sparse * scatters
+            hidden = min(moving * self.behind, work / 2)
+        elif layout.data == layout.devices:
+            hidden = min(gathers + scatters, work)
+        else:
+            scatters = self.reduced * self._moved(layout, numbers, experts, rings=1)
+            hidden = min(scatters * self.behind, forward)  # half of the backward products
+        return gathers + scatters - hidden, hidden
+
+    def _moved(self, layout: Layout, numbers: float, experts: float = 0, rings: int = 3) -> float:
         """Seconds to move one byte of each of ``numbers`` between the devices that share them.
         ``experts`` of them belong to experts, which only devices along data share."""
-
-        def remote(*axes):
-            size = math.prod(getattr(layout, axis) for axis in axes)
-            slowest = min(self.speed(layout, axis) for axis in axes)
-            return (size - 1) / size / slowest
-
         others = ROWS if layout.expert > 1 else ("data",)
-        return (numbers - experts) * remote(*others) + experts * remote("data")
-
-    def _expert_bytes(self, layout: Layout, tokens: float, twice: bool) -> float:
-        """Bytes that a device sends in one layer for its experts, forward and backward: tokens
-        gathered over expert, whole along tensor, and outputs reduce-scattered after tensor is. The
-        backward pass gathers the tokens again; a stage that is recomputed does both again."""
-        width = self.config.model.hidden_size
-        sent = self.item * tokens * width * (layout.expert - 1)
-        return sent * (3 + 2 / layout.tensor + twice * (1 + 1 / layout.tensor))
+        seconds = (numbers - experts) * self.network.seconds(layout.sizes, others, rings)
+        return seconds + experts * self.network.seconds(layout.sizes, ("data",), rings)
 
     def _pipeline(self, layout: Layout, stage: _Stage) -> tuple[float, float]:
         """Return the seconds of a step that a device waits for its pipeline, and that activations,
@@ -350,7 +392,9 @@ class Job:
         if layout.schedule == "1f1b":
             # On TPU and around a ring the bubble is computed instead of skipped; only the last
             # stage has the head.
-            computed = chip.tpu or (layout.context > 1 and self.context_mode(layout) == "ring")
+            computed = chip.tpu or (
+                layout.context > 1 and traffic.context_mode(self.config, layout) == "ring"
+            )
             ticks: float = used + (2 if computed else 1) * (pipe - 1)
             hops: float = ticks
             waited = (ticks if computed else used) - used / pipe
@@ -359,12 +403,11 @@ class Job:
             hops = taken // flush * (rounds * flush + pipe - 1)
             ticks = hops / rounds
         bubble += (ticks - used) * stage.total
-        inside = layout.devices <= chip.domain
-        link = (chip.fast / 2 if chip.tpu else chip.fast) if inside else chip.slow
-        passing = 2 * hops * stage.passed / link  # the activation forward, its gradient back
+        hop = self.network.hop(layout.sizes)
+        passing = 2 * hops * stage.passed * hop  # the activation forward, its gradient back
         if rounds > 1:  # from layers in natural order to the stages' chunks, and gradients back
             blocks = self.held(layout).blocks
-            passing += 8 * blocks / link
+            passing += 8 * blocks * hop
         return bubble, passing
 
     def _reduction(self, layout: Layout, stage: _Stage) -> float:
@@ -382,21 +425,9 @@ class Job:
             seconds = 2 * self.reduced * moved
         both = 2 * self.reduced  # a sum sends everything twice
         by_context = both * (blocks + rest) * (context - 1) / context
-        seconds += by_context / self.speed(layout, "context")
-        seconds += both * rest * (pipe - 1) / pipe / self.speed(layout, "pipe")
+        seconds += by_context / self.network.speed(layout.sizes, "context")
+        seconds += both * rest * (pipe - 1) / pipe / self.network.speed(layout.sizes, "pipe")
         return seconds
-
-    def _context_bytes(self, layout: Layout, tokens: float) -> float:
-        """Bytes that a device sends in one layer's forward pass: queries, keys, values and outputs,
-        or all keys and values. The backward pass sends as much, and so does each recomputation:
-        every policy recomputes keys and values."""
-        model = self.config.model
-        context = layout.context
-        width = model.num_attention_heads * model.head_width / layout.tensor
-        kv = model.kv_heads * model.head_width / layout.tensor
-        if self.context_mode(layout) == "ulysses":
-            return 2 * self.item * tokens * (width + kv) * (context - 1) / context
-        return 2 * self.item * tokens * kv * (context - 1)
 
     def estimate(self, layout: Layout) -> Estimate:
         """Raises ValueError if a tensor is not divisible."""

@@ -13,7 +13,8 @@ class Estimate(NamedTuple):
     tokens: int
     model_flops: float  # of a step as PaLM counts: full attention, nothing recomputed
     done_flops: float  # of a step, with what is recomputed
-    # Seconds in which ZeRO-3 moves weights and gradients during products; not in ``seconds``.
+    # Seconds of traffic that runs beside products: that of ZeRO-3, and on v5p of the backward pass
+    # over tensor. Not in ``seconds``.
     hidden: float
     chip: Chip
 
@@ -54,7 +55,7 @@ class Estimate(NamedTuple):
             "pipeline bubble": self.seconds["bubble"],
             "pipeline comm": self.seconds["pipe"],
             "data comm": self.seconds["data"],
-            "memory speed": self.seconds["update"],
+            "memory speed": self.seconds["element-wise"] + self.seconds["update"],
         }
         worst = max(losses, key=losses.__getitem__)
         return worst if sum(losses.values()) > 0.2 * self.step_seconds else "compute"

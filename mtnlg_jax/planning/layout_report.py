@@ -52,18 +52,16 @@ def job_of(config: Config, name: str, calibration: str | None = None) -> tuple[J
 
 
 def layout_report(
-    config: Config, name: str, number: int, most: int = 5, calibration: str | None = None
+    job: Job, origin: str, name: str, number: int, found: list[Estimate], most: int = 5
 ) -> str:
-    """Return the ``most`` fastest layouts of ``config`` on ``number`` chips, and its own.
+    """Return the ``most`` fastest layouts of a job (`job_of`) on ``number`` chips, and its own.
 
-    ``calibration`` is the path of a calibration.json, whose efficiency replaces that of MT-NLG.
-    Raises ValueError if nothing fits, with the number of chips that would be enough.
+    ``found``: by `search`. Raises ValueError if nothing fits, with the number of chips that would
+    be enough.
     """
-    job, origin = job_of(config, name, calibration)
     config = job.config
     efficiency = job.efficiency
     devices = number * CHIPS[name].devices
-    found = search(job, devices)
     if not found:
         raise ValueError(_missing(job, name, number))
     marked = [(str(i), estimate) for i, estimate in enumerate(found[:most], 1)]

@@ -7,7 +7,7 @@ from mtnlg_jax.planning import prediction
 from mtnlg_jax.planning.aot import Measurement, measure
 from mtnlg_jax.planning.cost import Job
 from mtnlg_jax.planning.estimate import Estimate
-from mtnlg_jax.planning.search import flags_of, search, with_layout
+from mtnlg_jax.planning.search import flags_of, with_layout
 from mtnlg_jax.planning.text import columns, duration
 from mtnlg_jax.planning.topology import Topology, parse, slice_of
 
@@ -34,10 +34,11 @@ def topology_of(name: str, number: int) -> Topology:
     return found
 
 
-def proofs(job: Job, topology: Topology, devices: int, count: int) -> Iterator[str]:
-    """Compile the ``count`` fastest layouts of ``job`` that leave no device idle. Yield a line for
-    each, then the table, fastest first, and the flags of the first."""
-    on_all = [each for each in search(job, devices) if each.layout.devices == devices]
+def proofs(job: Job, topology: Topology, found: list[Estimate], count: int) -> Iterator[str]:
+    """Compile the ``count`` fastest layouts of ``job`` that leave no device idle; ``found``: by
+    `search`. Yield a line for each, then the table, fastest first, and the flags of the first."""
+    devices = topology.chips
+    on_all = [each for each in found if each.layout.devices == devices]
     if not on_all:
         yield f"no layout uses all of {devices:,} devices, so none is compiled"
         return

@@ -202,3 +202,14 @@ def test_the_parallelism_page_shows_the_table():
     page = (Path(__file__).resolve().parents[2] / "docs/parallelism.md").read_text().splitlines()
     start = page.index(table[0])
     assert len(table) > 8 and page[start : start + len(table)] == table
+
+
+@pytest.mark.parametrize(
+    ("kind", "extent", "data", "tensor"),
+    [("TPU v6 lite", (16, 16, 1), 128, 2), ("TPU v5p", (4, 4, 4), 32, 2)],
+)
+def test_axes_share_a_dim_of_the_torus(described_tpus, kind, extent, data, tensor):
+    found = make_mesh(MeshConfig(data=data, tensor=tensor), described_tpus(kind, extent))
+    assert found.shape["data"] == data
+    neighbors = [device.coords for device in found.devices[0, 0, 0, 0]]
+    assert sum(abs(a - b) for a, b in zip(*neighbors, strict=True)) == 1

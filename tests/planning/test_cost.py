@@ -28,7 +28,6 @@ from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.planning.cost import CIRCULAR_COPIES, Job
 from mtnlg_jax.planning.layout import POLICIES, Layout, layout_of
 from mtnlg_jax.planning.tiles import padded_size
-from mtnlg_jax.planning.topology import parse
 from mtnlg_jax.train.batch import BATCH_KEYS
 from mtnlg_jax.train.gradients import make_loss_and_gradients
 from mtnlg_jax.train.state import abstract_state
@@ -313,7 +312,7 @@ def test_what_is_sent_for_experts_equals_the_step(mesh):
     sent = _sent_over_expert(program.jaxpr, 1)
     job = Job(config, A100)
     layout = layout_of(config)
-    expected = job.seconds(layout)[0]["expert"] * job.speed(layout, "expert")
+    expected = job.seconds(layout)[0]["expert"] * job.network.speed(layout.sizes, "expert")
     assert sent == pytest.approx(expected / job.micro_batches(layout)[0])
 
 
@@ -369,7 +368,8 @@ def test_a_device_holds_its_part_of_the_experts():
     ],
 )
 def test_an_axis_has_the_speed_of_its_network(mtnlg, mesh, axis, speed):
-    assert Job(mtnlg, A100).speed(Layout(*mesh, 1, "circular", 1, None, 1, "none"), axis) == speed
+    sizes = Layout(*mesh, 1, "circular", 1, None, 1, "none").sizes
+    assert Job(mtnlg, A100).network.speed(sizes, axis) == speed
 
 
 def test_context_traffic_equals_korthikanti(mtnlg):
@@ -386,22 +386,5 @@ def test_context_traffic_equals_korthikanti(mtnlg):
     ):
         job = Job(override(mtnlg, f"mesh.context_mode={mode}"), A100)
         layout = Layout(1, 1, c, t, 1, "circular", 1, None, 1, "none")
-        seconds = job.seconds(layout)[0]["context"]
-        assert seconds * job.speed(layout, "context") / (3 * 105 * 1920) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("row", ["mtnlg-micro5", "ours-data16", "ours-data64"])
-def test_seconds_on_v5p_are_near_those_of_the_compilers_schedule(row):
-    # Kept by benchmarks/predicted_step.py. Layouts that wait more are up to 21 % slower there.
-    kept = json.loads((ROOT / "benchmarks/results/predicted_step.json").read_text())["rows"][row]
-    given = [word.partition("=")[::2] for word in kept["command"].split()]
-    config = load_config(
-        str(ROOT / dict(given)["--config"]), [value for name, value in given if name == "--set"]
-    )
-    layout = layout_of(config, parse(dict(given)["--topology"]).chips)
-
-    def seconds(*efficiency):
-        return Job(config, CHIPS["v5p"], *efficiency).estimate(layout).step_seconds
-
-    assert seconds() == pytest.approx(kept["seconds"], rel=0.08)
-    assert seconds(0.5) > 1.3 * kept["seconds"]
+        sent = job.seconds(layout)[0]["context"] * job.network.speed(layout.sizes, "context")
+        assert sent / (3 * 105 * 1920) == pytest.approx(expected)

@@ -5,6 +5,7 @@ import pytest
 from mtnlg_jax.config import load_config
 from mtnlg_jax.planning import aot, prediction, prove
 from mtnlg_jax.planning.layout_report import job_of
+from mtnlg_jax.planning.search import search
 
 
 def fake(seconds: dict[int, float | None], asked: list):
@@ -34,7 +35,7 @@ def test_fastest_by_prediction_comes_first(job, monkeypatch):
     asked = []
     monkeypatch.setattr(prove, "measure", fake({1: 4.0, 2: None, 3: 3.0}, asked))
     topology = prove.topology_of("v5p", 64)
-    lines = list(prove.proofs(job, topology, 64, 3))
+    lines = list(prove.proofs(job, topology, search(job, 64), 3))
     assert str(topology) == "v5p:4x4x4" and len(set(asked)) == 3
     assert lines[1] == "layout 2: out of memory"
     table = lines[4].splitlines()
@@ -47,7 +48,7 @@ def test_fastest_by_prediction_comes_first(job, monkeypatch):
 
 def test_nothing_that_compiles_is_said(job, monkeypatch):
     monkeypatch.setattr(prove, "measure", fake({1: None}, []))
-    *_, last = prove.proofs(job, prove.topology_of("v5p", 64), 64, 1)
+    *_, last = prove.proofs(job, prove.topology_of("v5p", 64), search(job, 64), 1)
     assert "no layout on all devices compiled" in last
 
 

@@ -1,0 +1,51 @@
+"""Hold the planner's links of a mesh axis against those of the simulated schedule."""
+
+import numpy as np
+import pytest
+
+from mtnlg_jax.config import MeshConfig
+from mtnlg_jax.hardware import CHIPS
+from mtnlg_jax.parallel.mesh import AXES, make_mesh
+from mtnlg_jax.planning import prediction
+from mtnlg_jax.planning.layout import Layout
+from mtnlg_jax.planning.timeline import Transfer
+from mtnlg_jax.planning.topology import parse
+from mtnlg_jax.planning.traffic import Network
+
+
+# (pipe, data, context, tensor)
+@pytest.mark.parametrize(
+    ("slice_", "mesh"),
+    [
+        ("v5p:4x4x4", (1, 64, 1, 1)),
+        ("v5p:4x4x4", (1, 16, 1, 4)),
+        ("v5p:4x4x4", (1, 32, 1, 2)),
+        ("v5p:4x4x4", (1, 32, 2, 1)),
+        ("v5p:8x8x16", (1, 128, 1, 8)),
+        ("v5p:8x8x16", (1, 8, 2, 64)),
+        ("v5p:8x8x16", (1, 8, 8, 16)),
+        ("v5e:16x16", (1, 128, 1, 2)),
+        ("v5e:16x16", (1, 64, 1, 4)),
+        ("v6e:16x16", (8, 32, 1, 1)),
+        ("v6e:8x8", (1, 64, 1, 1)),
+    ],
+)
+def test_axes_have_the_links_of_the_mesh(described_tpus, slice_, mesh):
+    topology = parse(slice_)
+    chip = CHIPS[topology.kind]
+    described = described_tpus(chip.kinds[-1], (*topology.dims, 1)[:3])
+    pipe, data, context, tensor = mesh
+    made = make_mesh(MeshConfig(pipe=pipe, data=data, context=context, tensor=tensor), described)
+    links = prediction.torus_between(
+        topology, [device.coords for device in made.devices.flat], chip
+    )
+    layout = Layout(*mesh, 1, "circular", 1, None, 1, "none")
+    numbers = np.arange(made.devices.size).reshape(made.devices.shape)
+    for place, size in enumerate(made.devices.shape):
+        if size == 1:
+            continue
+        group = np.moveaxis(numbers, place, -1).reshape(-1, size)[0]
+        attributes = f"replica_groups={{{{{','.join(map(str, group))}}}}}"
+        gather = Transfer("all-gather", AXES[place], size, 2**30, attributes)
+        speed = Network(chip).speed(layout.sizes, AXES[place])
+        assert links.seconds(gather) == pytest.approx(gather.sent / speed)
