@@ -133,7 +133,7 @@ SHAPES = {
             "data64": _ours(64, 8, "elementwise"),
             "data64-none": _ours(64, 8, "none"),
             "data64-micro4": _ours(64, 4, "elementwise"),
-            "data64-zero1": _ours(64, 4, "none", rest="--set=mesh.zero=1"),
+            "data64-zero1": _ours(64, 2, "elementwise", rest="--set=mesh.zero=1"),
             "data16-overlap": _ours(16, 16, "elementwise", tensor=4, rest=_OVERLAP),
             "data64+no-planes": "",
         },
