@@ -105,10 +105,10 @@ SHAPES = {
         {
             "data16": _ours(16, 12, "elementwise", tensor=4),
             "data16-none": _ours(16, 12, "none", tensor=4),
-            "data32": _ours(32, 6, "elementwise", tensor=2),
             "data64": _ours(64, 3, "elementwise"),
-            "data64-none": _ours(64, 3, "none"),
             "data64+no-planes": "",
+            "data64-none": _ours(64, 3, "none"),
+            "data64-none+no-planes": "",
             "data16-overlap": _ours(16, 12, "elementwise", tensor=4, rest=_OVERLAP),
         },
         2048,
@@ -291,7 +291,6 @@ SHAPES = {
             "micro1": "--set=mesh.data=128",
             "micro5": "--set=mesh.data=128 --set=train.micro_batch_size=5",
             "micro5-overlap": "--set=mesh.data=128 --set=train.micro_batch_size=5 " + _OVERLAP,
-            "micro5+planes": "",
         },
     ),
 }

@@ -50,7 +50,7 @@ def seconds_of(row: dict) -> float:
 
 def figures(row: dict, shape: str) -> tuple[str, str]:
     """Return seconds and MFU, in parentheses beyond the best published MFU of the chip."""
-    shown = f"{row['seconds']:.3g}" if row["seconds"] < 10 else f"{row['seconds']:.2f}"
+    shown = f"{row['seconds']:.2f}"
     mfu = f"{100 * row['mfu']:.1f} %"
     kind = topology.parse(SHAPES[shape].described).kind
     if prediction.is_beyond(kind, row["mfu"]):
