@@ -296,7 +296,8 @@ class Job:
         if self.scheduled:
             # Scores are those below the diagonal, and the kernels' backward pass has 5 products for
             # the 2 of the forward pass.
-            kernel = layers * tokens * self.layer["scores"] / 2 / (tensor * chip.flops)
+            below = model.attended(self.sequence, causal=True) / model.attended(self.sequence)
+            kernel = layers * tokens * below * self.layer["scores"] / (tensor * chip.flops)
             kernel /= chip.kernels
             matrices = self.forward - self.layer["scores"]
             forward = layers * max(tokens * matrices / rate, by_memory)
