@@ -310,6 +310,7 @@ class Job:
         by_tensor *= x * tensor
         collectives = (policy.collectives + 4 * twice) * layers
         beside *= (collectives - 4 * layers) * by_tensor  # four of a layer's are forward
+        beside = min(beside, 2 * forward + recompute)
         sent = (
             (3 + piped) * layers * self.item * tokens * traffic.context_width(self.config, layout)
         )

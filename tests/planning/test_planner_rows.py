@@ -69,6 +69,12 @@ def test_small_micro_batches_hide_less():
     assert small.hidden == pytest.approx(large.hidden, rel=0.05)
 
 
+def test_no_more_tensor_traffic_hides_than_the_backward_pass_lasts():
+    job = Job(load_config(str(ROOT / "configs/ladder.py:1.7b"), []), CHIPS["v5p"])
+    estimate = job.estimate(Layout(1, 64, 1, 8, 1, "circular", 1, None, 8, "none"))
+    assert 0 < estimate.hidden <= estimate.seconds["compute"] * 2 / 3
+
+
 @pytest.mark.parametrize("share", [2, 8])
 def test_kernels_skip_scores_outside_windows_and_above_the_diagonal(share):
     # Products take no time, so kernels are all there is.
