@@ -5,7 +5,7 @@ import pytest
 
 from mtnlg_jax.config import MeshConfig
 from mtnlg_jax.hardware import CHIPS
-from mtnlg_jax.parallel.mesh import AXES, make_mesh
+from mtnlg_jax.parallel.mesh import AXES, ROWS, make_mesh
 from mtnlg_jax.planning import prediction
 from mtnlg_jax.planning.layout import Layout
 from mtnlg_jax.planning.timeline import Transfer
@@ -49,3 +49,26 @@ def test_axes_have_the_links_of_the_mesh(described_tpus, slice_, mesh):
         gather = Transfer("all-gather", AXES[place], size, 2**30, attributes)
         speed = Network(chip).speed(layout.sizes, AXES[place])
         assert links.seconds(gather) == pytest.approx(gather.sent / speed)
+
+
+@pytest.mark.parametrize(
+    ("slice_", "data", "expert"), [("v5p:4x4x4", 1, 64), ("v5p:4x4x8", 16, 8), ("v5p:4x4x4", 2, 32)]
+)
+def test_rows_have_the_links_of_data_and_expert(described_tpus, slice_, data, expert):
+    topology = parse(slice_)
+    chip = CHIPS[topology.kind]
+    described = described_tpus(chip.kinds[-1], topology.dims)
+    made = make_mesh(MeshConfig(data=data, expert=expert), described)
+    links = prediction.torus_between(
+        topology, [device.coords for device in made.devices.flat], chip
+    )
+    size = data * expert
+    gather = Transfer(
+        "all-gather",
+        "rows",
+        size,
+        2**30,
+        f"replica_groups={{{{{','.join(map(str, range(size)))}}}}}",
+    )
+    seconds = Network(chip).seconds((1, data, expert, 1, 1), ROWS)
+    assert links.seconds(gather) == pytest.approx(2**30 * size * seconds)
