@@ -31,6 +31,11 @@ class _Line(NamedTuple):
     def links(self) -> float:
         return self.directions / self.stride
 
+    @property
+    def hops_back(self) -> int:
+        """From the last device to the first."""
+        return self.stride * (1 if self.directions == 2 else self.size - 1)
+
 
 @functools.cache
 def lines_of(kind: str, sizes: Sizes) -> tuple[tuple[_Line, ...], ...] | None:
@@ -152,12 +157,15 @@ class Network:
         part = max(line.size / (4 * line.links) for line in lines)
         return part * size / (size - 1) / self.chip.link
 
-    def hop(self, sizes: Sizes) -> float:
-        """Seconds of a byte from one pipeline stage to the next."""
+    def hop(self, sizes: Sizes, axis: str = "pipe") -> float:
+        """Seconds of a byte from each device along ``axis`` to the next. The last one sends to the
+        first, which on an open line is the longest way."""
         chip = self.chip
-        lines = self._lines(sizes, "pipe")
+        lines = self._lines(sizes, axis)
         if lines:
-            return max(line.stride for line in lines) / chip.link
+            return sum(line.hops_back for line in lines) / chip.link
+        if axis != "pipe":
+            return 1 / self.speed(sizes, axis)
         inside = math.prod(sizes) <= chip.domain
         link = (chip.fast / 2 if chip.tpu else chip.fast) if inside else chip.slow
         return 1 / link
@@ -173,8 +181,11 @@ def context_mode(config: Config, layout: Layout) -> str:
 
 def context_seconds(config: Config, network: Network, layout: Layout) -> float:
     """Seconds of a byte that a device sends to others in attention."""
-    if context_mode(config, layout) == "ulysses":
+    mode = context_mode(config, layout)
+    if mode == "ulysses":
         return network.exchange(layout.sizes, "context")
+    if mode == "ring":
+        return network.hop(layout.sizes, "context")
     return 1 / network.speed(layout.sizes, "context")
 
 
