@@ -5,13 +5,13 @@ collectives over the links of their axis (traffic.py), and the ticks in which a 
 Latency of messages is not counted. So a prediction has the right order of magnitude and ranks
 layouts of large models; a run of your own calibrates it (search.measured_efficiency).
 
-Of v5e, v5p and v6e the compiler's schedule is known (hardware.Chip, docs/predicted_step.md):
+The compiler's schedule is known for v5e, v5p and v6e (hardware.Chip, docs/predicted_step.md):
 - attention kernels reach a share of the peak of their own, over the scores below the diagonal;
 - operations outside products count by the bytes of activations that they read and write;
 - of ZeRO-3's traffic v6e hides gathers and scatters behind products, v5e gathers alone, v5p
   scatters and, where only rows are split, gathers;
 - v5p runs collectives over tensor beside the backward pass, if tensor lies on one dim of the torus.
-Elsewhere products run at EFFICIENCY in whole, and only ZeRO-3 overlaps: inside a layer it can move
+On other chips all products run at EFFICIENCY, and only ZeRO-3 overlaps: inside a layer it can move
 later weights during earlier products. The other collectives feed the very next product.
 
 Formulas: Narayanan 2021 (bubble, FLOPs), Korthikanti 2022 (activation bytes), Jacobs 2023 and Llama
