@@ -38,8 +38,7 @@ class Chip:
     clock: float = 0.0
     link: float = 0.0
     # Shares of the peak that products and attention kernels reach in this package's compiled steps,
-    # by the compiler's estimates: means over the rows of benchmarks/results/planner.json. 0: not
-    # known.
+    # by the compiler's estimates: means over rows of benchmarks/results/planner.json. 0: not known.
     products: float = 0.0
     kernels: float = 0.0
     staged: bool = False  # collectives over data run along one dim of the torus after another

@@ -364,12 +364,15 @@ class ModelConfig:
         idle = max(0, moe.num_moe_experts - moe.moe_router_topk)
         return self.parameter_count() - self.num_layers * idle * self._one_mlp_count(self.mlp_width)
 
-    def attended(self, sequence_length: int) -> float:
-        """Return the keys that a query sees in the mean over layers, causality not counted."""
+    def attended(self, sequence_length: int, causal: bool = False) -> float:
+        """Return the keys that a query sees in the mean over layers and, if ``causal``, over the
+        queries, of which the first see fewer."""
         seen = [
             min(self.layer(number).window or sequence_length, sequence_length)
             for number in range(self.num_layers)
         ]
+        if causal:
+            seen = [keys - keys**2 / (2 * sequence_length) for keys in seen]
         return sum(seen) / len(seen)
 
     def _mlp_count(self) -> int:

@@ -5,13 +5,13 @@ collectives over the links of their axis (traffic.py), and the ticks in which a 
 Latency of messages is not counted. So a prediction has the right order of magnitude and ranks
 layouts of large models; a run of your own calibrates it (search.measured_efficiency).
 
-Of v5e, v5p and v6e the compiler's schedule is known (hardware.Chip, docs/predicted_step.md):
+The compiler's schedule is known for v5e, v5p and v6e (hardware.Chip, docs/predicted_step.md):
 - attention kernels reach a share of the peak of their own, over the scores below the diagonal;
 - operations outside products count by the bytes of activations that they read and write;
 - of ZeRO-3's traffic v6e hides gathers and scatters behind products, v5e gathers alone, v5p
   scatters and, where only rows are split, gathers;
 - v5p runs collectives over tensor beside the backward pass, if tensor lies on one dim of the torus.
-Elsewhere products run at EFFICIENCY in whole, and only ZeRO-3 overlaps: inside a layer it can move
+On other chips all products run at EFFICIENCY, and only ZeRO-3 overlaps: inside a layer it can move
 later weights during earlier products. The other collectives feed the very next product.
 
 Formulas: Narayanan 2021 (bubble, FLOPs), Korthikanti 2022 (activation bytes), Jacobs 2023 and Llama
@@ -296,7 +296,8 @@ class Job:
         if self.scheduled:
             # Scores are those below the diagonal, and the kernels' backward pass has 5 products for
             # the 2 of the forward pass.
-            kernel = layers * tokens * self.layer["scores"] / 2 / (tensor * chip.flops)
+            below = model.attended(self.sequence, causal=True) / model.attended(self.sequence)
+            kernel = layers * tokens * below * self.layer["scores"] / (tensor * chip.flops)
             kernel /= chip.kernels
             matrices = self.forward - self.layer["scores"]
             forward = layers * max(tokens * matrices / rate, by_memory)
@@ -309,6 +310,7 @@ class Job:
         by_tensor *= x * tensor
         collectives = (policy.collectives + 4 * twice) * layers
         beside *= (collectives - 4 * layers) * by_tensor  # four of a layer's are forward
+        beside = min(beside, 2 * forward + recompute)
         sent = (
             (3 + piped) * layers * self.item * tokens * traffic.context_width(self.config, layout)
         )

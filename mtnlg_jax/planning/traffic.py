@@ -22,6 +22,7 @@ Sizes = tuple[int, ...]  # of parallel.mesh.AXES
 class _Line(NamedTuple):
     """Part of an axis along one dim of the torus."""
 
+    dim: int
     size: int  # devices
     stride: int  # hops from one to the next; other groups use the same links
     directions: int  # 2 in a closed ring
@@ -29,6 +30,11 @@ class _Line(NamedTuple):
     @property
     def links(self) -> float:
         return self.directions / self.stride
+
+    @property
+    def hops_back(self) -> int:
+        """From the last device to the first."""
+        return self.stride * (1 if self.directions == 2 else self.size - 1)
 
 
 @functools.cache
@@ -68,11 +74,11 @@ def _take(topology: Topology, left: list[int], size: int) -> list[_Line]:
             continue
         stride = dims[dim] // left[dim]
         ring = closed[dim] and part * stride == dims[dim]
-        lines.append((dim, _Line(part, stride, 2 if ring else 1)))
+        lines.append(_Line(dim, part, stride, 2 if ring else 1))
         left[dim] //= part
         size //= part
     # The last dim counts fastest.
-    return [line for _, line in sorted(lines, reverse=True)]
+    return sorted(lines, reverse=True)
 
 
 class Network:
@@ -86,18 +92,31 @@ class Network:
         self.speed = functools.cache(self._speed)
         self.seconds = functools.cache(self._seconds)
 
-    def _lines(self, sizes: Sizes, axis: str) -> tuple[_Line, ...]:
-        lines = lines_of(self.kind, sizes) if self.kind else None
-        return lines[AXES.index(axis)] if lines else ()
+    def _lines(self, sizes: Sizes, *axes: str) -> tuple[_Line, ...]:
+        """Lines of a group over ``axes``, one for each dim."""
+        laid = lines_of(self.kind, sizes) if self.kind else None
+        if laid is None:
+            return ()
+        found: dict[int, _Line] = {}
+        for axis in reversed(axes):
+            for line in laid[AXES.index(axis)]:
+                inner = found.get(line.dim)
+                if inner:  # the outer axis continues its line
+                    line = line._replace(size=inner.size * line.size, stride=inner.stride)
+                found[line.dim] = line
+        return tuple(found.values())
 
-    def _speed(self, sizes: Sizes, axis: str, rings: int = 3) -> float:
-        """Bytes a second in and out of a device for a collective over ``axis``, on at most
+    def _speed(self, sizes: Sizes, *axes: str, rings: int = 3) -> float:
+        """Bytes a second in and out of a device for a collective over ``axes``, on at most
         ``rings`` dims of the torus at once; tensor is the innermost axis. Members within one domain
         share its links: a ring over the nodes enters each node once."""
         chip = self.chip
-        lines = self._lines(sizes, axis)
+        lines = self._lines(sizes, *axes)
         if lines:
             return min(rings, len(lines)) * min(line.links for line in lines) * chip.link
+        if len(axes) > 1:
+            return min(self.speed(sizes, axis) for axis in axes)
+        (axis,) = axes
         place = AXES.index(axis)
         size = sizes[place]
         near = min(size, max(1, chip.domain // math.prod(sizes[place + 1 :])))
@@ -115,8 +134,7 @@ class Network:
                 share /= line.size
             return seconds
         size = math.prod(sizes[AXES.index(axis)] for axis in axes)
-        slowest = min(self.speed(sizes, axis, rings) for axis in axes)
-        return (size - 1) / size / slowest
+        return (size - 1) / size / self.speed(sizes, *axes, rings=1 if self.chip.staged else rings)
 
     def over_tensor(self, sizes: Sizes, scheduled: bool) -> tuple[float, float]:
         """Seconds of a collective over tensor for each byte of the whole array, and the share of
@@ -139,12 +157,15 @@ class Network:
         part = max(line.size / (4 * line.links) for line in lines)
         return part * size / (size - 1) / self.chip.link
 
-    def hop(self, sizes: Sizes) -> float:
-        """Seconds of a byte from one pipeline stage to the next."""
+    def hop(self, sizes: Sizes, axis: str = "pipe") -> float:
+        """Seconds of a byte from each device along ``axis`` to the next. The last one sends to the
+        first, which on an open line is the longest way."""
         chip = self.chip
-        lines = self._lines(sizes, "pipe")
+        lines = self._lines(sizes, axis)
         if lines:
-            return max(line.stride for line in lines) / chip.link
+            return sum(line.hops_back for line in lines) / chip.link
+        if axis != "pipe":
+            return 1 / self.speed(sizes, axis)
         inside = math.prod(sizes) <= chip.domain
         link = (chip.fast / 2 if chip.tpu else chip.fast) if inside else chip.slow
         return 1 / link
@@ -160,8 +181,11 @@ def context_mode(config: Config, layout: Layout) -> str:
 
 def context_seconds(config: Config, network: Network, layout: Layout) -> float:
     """Seconds of a byte that a device sends to others in attention."""
-    if context_mode(config, layout) == "ulysses":
+    mode = context_mode(config, layout)
+    if mode == "ulysses":
         return network.exchange(layout.sizes, "context")
+    if mode == "ring":
+        return network.hop(layout.sizes, "context")
     return 1 / network.speed(layout.sizes, "context")
 
 

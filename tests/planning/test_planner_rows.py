@@ -1,5 +1,6 @@
 """The planner's seconds on TPUs beside the predictions that benchmarks/planner.py kept."""
 
+import dataclasses
 import json
 import runpy
 from pathlib import Path
@@ -66,3 +67,23 @@ def test_small_micro_batches_hide_less():
     small = job.estimate(layout._replace(micro_batch_size=1))
     assert small.seconds["data"] > 1.9 * large.seconds["data"]
     assert small.hidden == pytest.approx(large.hidden, rel=0.05)
+
+
+def test_no_more_tensor_traffic_hides_than_the_backward_pass_lasts():
+    job = Job(load_config(str(ROOT / "configs/ladder.py:1.7b"), []), CHIPS["v5p"])
+    estimate = job.estimate(Layout(1, 64, 1, 8, 1, "circular", 1, None, 8, "none"))
+    assert 0 < estimate.hidden <= estimate.seconds["compute"] * 2 / 3
+
+
+@pytest.mark.parametrize("share", [2, 8])
+def test_kernels_skip_scores_outside_windows_and_above_the_diagonal(share):
+    # Products take no time, so kernels are all there is.
+    chip = dataclasses.replace(CHIPS["v5e"], link=0.0, memory_speed=1e30)
+    full = load_config(str(ROOT / "configs/ladder.py:7.5b"), [])
+    window = full.sequence_length // share
+    windowed = load_config(
+        str(ROOT / "configs/ladder.py:7.5b"), [f"model.layer_pattern=[{{'window': {window}}}]"]
+    )
+    layout = Layout(1, 64, 1, 1, 3, "circular", 1, None, 8, "none")
+    long, short = (Job(each, chip, 1e9).seconds(layout)[0]["compute"] for each in (full, windowed))
+    assert short / long == pytest.approx((2 - 1 / share) / share, rel=1e-3)

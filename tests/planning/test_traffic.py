@@ -5,7 +5,7 @@ import pytest
 
 from mtnlg_jax.config import MeshConfig
 from mtnlg_jax.hardware import CHIPS
-from mtnlg_jax.parallel.mesh import AXES, make_mesh
+from mtnlg_jax.parallel.mesh import AXES, ROWS, make_mesh
 from mtnlg_jax.planning import prediction
 from mtnlg_jax.planning.layout import Layout
 from mtnlg_jax.planning.timeline import Transfer
@@ -49,3 +49,57 @@ def test_axes_have_the_links_of_the_mesh(described_tpus, slice_, mesh):
         gather = Transfer("all-gather", AXES[place], size, 2**30, attributes)
         speed = Network(chip).speed(layout.sizes, AXES[place])
         assert links.seconds(gather) == pytest.approx(gather.sent / speed)
+
+
+@pytest.mark.parametrize(
+    ("slice_", "data", "expert"), [("v5p:4x4x4", 1, 64), ("v5p:4x4x8", 16, 8), ("v5p:4x4x4", 2, 32)]
+)
+def test_rows_have_the_links_of_data_and_expert(described_tpus, slice_, data, expert):
+    topology = parse(slice_)
+    chip = CHIPS[topology.kind]
+    described = described_tpus(chip.kinds[-1], topology.dims)
+    made = make_mesh(MeshConfig(data=data, expert=expert), described)
+    links = prediction.torus_between(
+        topology, [device.coords for device in made.devices.flat], chip
+    )
+    size = data * expert
+    gather = Transfer(
+        "all-gather",
+        "rows",
+        size,
+        2**30,
+        f"replica_groups={{{{{','.join(map(str, range(size)))}}}}}",
+    )
+    seconds = Network(chip).seconds((1, data, expert, 1, 1), ROWS)
+    assert links.seconds(gather) == pytest.approx(2**30 * size * seconds)
+
+
+# (pipe, data, context, tensor)
+@pytest.mark.parametrize(
+    ("slice_", "mesh", "axis"),
+    [
+        ("v5e:8x8", (8, 8, 1, 1), "pipe"),
+        ("v5e:16x16", (8, 32, 1, 1), "pipe"),
+        ("v5p:8x8x16", (8, 16, 1, 8), "pipe"),
+        ("v5p:4x4x4", (16, 4, 1, 1), "pipe"),
+        ("v6e:4x4", (4, 2, 1, 2), "pipe"),
+        ("v5e:8x8", (1, 8, 8, 1), "context"),
+    ],
+)
+def test_a_step_to_the_next_has_the_hops_of_the_mesh(described_tpus, slice_, mesh, axis):
+    topology = parse(slice_)
+    chip = CHIPS[topology.kind]
+    described = described_tpus(chip.kinds[-1], (*topology.dims, 1)[:3])
+    pipe, data, context, tensor = mesh
+    made = make_mesh(MeshConfig(pipe=pipe, data=data, context=context, tensor=tensor), described)
+    links = prediction.torus_between(
+        topology, [device.coords for device in made.devices.flat], chip
+    )
+    numbers = np.arange(made.devices.size).reshape(made.devices.shape)
+    place = AXES.index(axis)
+    start = np.moveaxis(numbers, place, -1).reshape(-1, made.devices.shape[place])[0]
+    pairs = zip(start, np.roll(start, -1), strict=True)
+    attributes = f"source_target_pairs={{{','.join(f'{{{a},{b}}}' for a, b in pairs)}}}"
+    permute = Transfer("collective-permute", axis, 2**30, 2**30, attributes)
+    sizes = Layout(*mesh, 1, "circular", 1, None, 1, "none").sizes
+    assert links.seconds(permute) == pytest.approx(2**30 * Network(chip).hop(sizes, axis))
