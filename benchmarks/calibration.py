@@ -154,6 +154,15 @@ POINTS = {
     "v5p-128b-sparsecore": _v5p(128, "v5p-256", "v5p:4x4x8", 1, 8, 315, sparsecore=True),
     "v5p-128b-512": _v5p(128, "v5p-512", "v5p:4x8x8", 1, 8, 316),
     "v5p-256b": _v5p(256, "v5p-1024", "v5p:8x8x8", 1, 8, 308),
+    "v5p-70b": Point(
+        "v5p-1024",
+        "v5p:8x8x8",
+        "per_device_batch_size=4 model_name=llama2-70b remat_policy=save_dot_except_mlpwi",
+        _V5P,
+        "MaxText, docs/reference/models/tiering.md; arguments of configs/tpu/v5p/llama2_70b.sh",
+        tokens=692,
+        length=4096,
+    ),
     "v5e-32b": _v5e(32, 4, 132),
     "v5e-64b": _v5e(64, 1, 118),
     "v5e-128b": _v5e(
