@@ -1,15 +1,18 @@
-"""Print docs/predicted_rows.md, the tables of benchmarks/results/predicted_step.json.
+"""Write docs/predicted_rows.md, the tables of benchmarks/results/predicted_step.json.
 
-python benchmarks/predicted_tables.py > docs/predicted_rows.md
+python benchmarks/predicted_tables.py
 """
 
+import argparse
 import json
+from pathlib import Path
 
 from predicted_shapes import GOALS, SHAPES
 from predicted_step import RESULT
 
 from mtnlg_jax.planning import prediction, topology
 
+PAGE = RESULT.parents[2] / "docs" / "predicted_rows.md"
 GIB = 2**30
 SHOWN = 3  # classes of a row, after the products
 TITLE = """# Predicted rows
@@ -26,17 +29,28 @@ word behind it its remat_policy (`minimal` where there is none).
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", default=str(PAGE), help=f"default {PAGE}")
+    flags = parser.parse_args()
     kept = json.loads(RESULT.read_text())["rows"]
-    print(TITLE + summary(kept))
+    Path(flags.output).write_text(page(kept))
+
+
+def page(kept: dict) -> str:
+    """Return the page of the rows that are ``kept``."""
+    lines = [TITLE + summary(kept)]
     for name, shape in SHAPES.items():
-        print(f"\n### {name}\n\n{shape.about} on {shape.described}.")
+        lines.append(f"\n### {name}\n\n{shape.about} on {shape.described}.")
         for side, title in (("ours", "this package"), ("maxtext", "MaxText 0.2.5")):
             rows = of(kept, name, side)
             if rows:
-                print(f"\n| {title} | seconds | MFU | peak, GiB | most after the products |")
-                print("| --- | --- | --- | --- | --- |")
+                lines.append(f"\n| {title} | seconds | MFU | peak, GiB | most after the products |")
+                lines.append("| --- | --- | --- | --- | --- |")
                 for setting, row in sorted(rows.items(), key=lambda each: seconds_of(each[1])):
-                    print(f"| {setting} | {cells(row, name)} |")
+                    lines.append(f"| {setting} | {cells(row, name)} |")
+    return "\n".join(lines) + "\n"
 
 
 def of(kept: dict, shape: str, side: str) -> dict[str, dict]:

@@ -78,8 +78,7 @@ def main() -> None:
     if _CALIBRATE.value:
         if _PROVE.value or not _CHIPS.value:
             raise ValueError(
-                "--calibrate needs --chips, the kind and number that the run used, such as H100:8, "
-                "and takes no --prove"
+                "--calibrate needs --chips, such as H100:8 for the run's, and takes no --prove"
             )
         from mtnlg_jax.planning.calibration import calibrate
 
@@ -96,22 +95,20 @@ def main() -> None:
         )
         model = dataclasses.replace(config.model, vocab_size=VOCABULARY)
         config = dataclasses.replace(config, model=model)
-    if _PROVE.value and not chips:
-        raise ValueError(f"--prove={_PROVE.value} needs --chips, such as --chips=v5p:64")
     if chips:
-        from mtnlg_jax.planning import prove
+        from mtnlg_jax.planning import prove, search
         from mtnlg_jax.planning.layout_report import job_of, layout_report
-        from mtnlg_jax.planning.search import search
 
         topology = prove.topology_of(*chips) if _PROVE.value else None
-        name, number = chips
-        job, origin = job_of(config, name, _CALIBRATION.value)
-        found = search(job, number * CHIPS[name].devices)
-        print(layout_report(job, origin, name, number, found, _TOP.value), flush=True)
+        job, origin = job_of(config, chips[0], _CALIBRATION.value)
+        found = search.search(job, chips[1] * CHIPS[chips[0]].devices)
+        print(layout_report(job, origin, *chips, found, _TOP.value), flush=True)
         if topology is not None:
             print()
             for line in prove.proofs(job, topology, found, _PROVE.value):
                 print(line, flush=True)
+    elif _PROVE.value:
+        raise ValueError(f"--prove={_PROVE.value} needs --chips, such as --chips=v5p:64")
     else:
         from mtnlg_jax.planning.tensor_table import tensor_table
 

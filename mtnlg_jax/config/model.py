@@ -367,7 +367,7 @@ class ModelConfig:
     def attended(self, sequence_length: int, causal: bool = False) -> float:
         """Return the keys that a query sees in the mean over layers and, if ``causal``, over the
         queries, of which the first see fewer."""
-        seen = [
+        seen: list[float] = [
             min(self.layer(number).window or sequence_length, sequence_length)
             for number in range(self.num_layers)
         ]
