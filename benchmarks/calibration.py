@@ -193,9 +193,13 @@ def main() -> None:
     parser.add_argument("--keep", help="folder for the programs; default: none is kept")
     parser.add_argument("--output", default=str(RESULT), help=f"default {RESULT}")
     flags = parser.parse_args()
+    names = flags.points.split(",")
+    unknown = [name for name in names if name not in POINTS]
+    if unknown:
+        parser.error(f"--points={unknown[0]} is not a point; choose from {', '.join(POINTS)}")
     output = Path(flags.output)
     result = json.loads(output.read_text()) if output.exists() else {"points": {}}
-    for name in flags.points.split(","):
+    for name in names:
         found = measure(name, POINTS[name], flags.maxtext, flags.keep)
         print(name, json.dumps(found), flush=True)
         result["points"][name] = found
