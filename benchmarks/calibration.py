@@ -21,7 +21,6 @@ import os
 import subprocess
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -243,7 +242,7 @@ def measure(name: str, point: Point, python: str, keep: str | None) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         fresh = not (folder / "step.json").exists()
-        if not (folder / "step.json").exists():
+        if fresh:
             argv = [python, os.fspath(CHILD), os.fspath(folder)]
             argv += [f"compile_topology={point.slice}", f"max_target_length={point.length}"]
             argv += [*_COMMON.split(), *point.arguments.split()]
@@ -260,7 +259,6 @@ def measure(name: str, point: Point, python: str, keep: str | None) -> dict:
                 return found | {"failure": f"more than {SECONDS} s to compile"}
             if not (folder / "step.json").exists():
                 return found | {"failure": _reason(done.stderr)}
-        if fresh:
             found["seconds_to_compile"] = round(time.perf_counter() - start, 1)
         said = json.loads((folder / "step.json").read_text())
         text = (folder / "step.hlo").read_text()
@@ -322,15 +320,10 @@ class SplashCosts(tpu_costs.TpuCosts):
     most of it out. Its FLOPs, halved for causality, count at KERNEL_SHARE of the peak.
     """
 
-    def __init__(self, *given):
-        super().__init__(*given)
-        self.kernels_seen: Counter[str] = Counter()
-
     def compute(
         self, program: Program, computation: str, instruction: Instruction, flops: float
     ) -> float:
         if instruction.opcode == "custom-call" and hlo_cost.kernel_of(instruction) and not flops:
-            self.kernels_seen[instruction.name] += 1
             return _splash_flops(program, computation, instruction) / (
                 tpu_costs.KERNEL_SHARE * self.chip.flops
             )

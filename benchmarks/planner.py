@@ -14,14 +14,13 @@ import datetime
 import json
 from pathlib import Path
 
-from predicted_step import compiled
+from predicted_step import compiled, figures
 
 from mtnlg_jax.config import load_config
 from mtnlg_jax.hardware import CHIPS
 from mtnlg_jax.planning.cost import Job
 from mtnlg_jax.planning.estimate import Estimate
 from mtnlg_jax.planning.layout import layout_of
-from mtnlg_jax.planning.prediction import is_beyond
 from mtnlg_jax.planning.topology import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,9 +132,7 @@ def line_of(name: str, row: dict) -> str:
     cells = [name, ROWS[name][1], ", ".join(parts)]
     if "seconds" in row:
         seconds = row["seconds"]
-        shown = f"{seconds:.2f}"
-        if is_beyond(parse(ROWS[name][1]).kind, row["mfu"]):
-            shown = f"({shown})"
+        shown, _ = figures(row, parse(ROWS[name][1]).kind)
         cells += [shown, f"{row['sums']:.2f}", f"{row['sums'] / seconds:.2f}"]
     else:
         cells += [row["failure"][:60], "", ""]

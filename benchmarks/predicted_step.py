@@ -21,6 +21,7 @@ from pathlib import Path
 from calibration import measure, topology_version
 from predicted_shapes import FLAGS, SHAPES, rows
 
+from mtnlg_jax.planning.prediction import is_beyond
 from mtnlg_jax.planning.tpu_costs import RULES
 
 RESULT = Path(__file__).parent / "results" / "predicted_step.json"
@@ -107,12 +108,18 @@ def compiled(command: list[str], flags: str = "") -> dict:
     }
 
 
+def figures(row: dict, kind: str) -> tuple[str, str]:
+    """Return seconds and MFU, in parentheses beyond the best published MFU of the chip."""
+    seconds = f"{row['seconds']:.2f}"
+    mfu = f"{100 * row['mfu']:.1f} %"
+    return (f"({seconds})", f"({mfu})") if is_beyond(kind, row["mfu"]) else (seconds, mfu)
+
+
 def theirs(name: str, python: str, keep: str | None) -> dict:
     shape_name, _, setting = name.split("/")
     found = measure(name.replace("/", "-"), SHAPES[shape_name].point(setting), python, keep)
-    kept = ("arguments", "flags", "peak_bytes", "shares", "failure")
     found |= {"compiler": f"libtpu {topology_version()}", "rules": RULES}
-    kept = (*kept, "compiler", "rules")
+    kept = ("arguments", "flags", "peak_bytes", "shares", "failure", "compiler", "rules")
     return {key: found[key] for key in kept if key in found} | (
         {"seconds": found["predicted_seconds"], "mfu": found["predicted_mfu"]}
         if "predicted_seconds" in found

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 
 from predicted_shapes import GOALS, SHAPES
-from predicted_step import RESULT
+from predicted_step import RESULT, figures
 
-from mtnlg_jax.planning import prediction, topology
+from mtnlg_jax.planning import topology
 
 PAGE = RESULT.parents[2] / "docs" / "predicted_rows.md"
 GIB = 2**30
@@ -62,21 +62,14 @@ def seconds_of(row: dict) -> float:
     return row.get("seconds", float("inf"))
 
 
-def figures(row: dict, shape: str) -> tuple[str, str]:
-    """Return seconds and MFU, in parentheses beyond the best published MFU of the chip."""
-    shown = f"{row['seconds']:.2f}"
-    mfu = f"{100 * row['mfu']:.1f} %"
-    kind = topology.parse(SHAPES[shape].described).kind
-    if prediction.is_beyond(kind, row["mfu"]):
-        return f"({shown})", f"({mfu})"
-    return shown, mfu
+def kind_of(shape: str) -> str:
+    return topology.parse(SHAPES[shape].described).kind
 
 
 def cells(row: dict, shape: str) -> str:
     if "seconds" not in row:
         why = row["failure"]
-        too_large = "emory" in why or "error_1000" in why
-        return "does not fit | | | " if too_large else f"fails | | | {why[:80]}"
+        return "does not fit | | | " if "memory" in why else f"fails | | | {why[:80]}"
     others = {
         label: share
         for label, share in row["shares"].items()
@@ -84,7 +77,7 @@ def cells(row: dict, shape: str) -> str:
     }
     most = sorted(others.items(), key=lambda each: -each[1])[:SHOWN]
     text = ", ".join(f"{label} {100 * share:.1f} %" for label, share in most)
-    return " | ".join([*figures(row, shape), f"{row['peak_bytes'] / GIB:.1f}", text])
+    return " | ".join([*figures(row, kind_of(shape)), f"{row['peak_bytes'] / GIB:.1f}", text])
 
 
 def summary(kept: dict) -> str:
@@ -105,10 +98,10 @@ def summary(kept: dict) -> str:
             continue
         setting, mine = best["ours"]
         theirs = best.get("maxtext")
-        seconds, mfu = figures(mine, name)
+        seconds, mfu = figures(mine, kind_of(name))
         lines.append(
             f"| {name}, {SHAPES[name].described} | {setting}: {seconds} s | "
-            + (f"{theirs[0]}: {figures(theirs[1], name)[0]} s | " if theirs else "- | ")
+            + (f"{theirs[0]}: {figures(theirs[1], kind_of(name))[0]} s | " if theirs else "- | ")
             + (f"{mine['seconds'] / theirs[1]['seconds']:.2f} | " if theirs else "- | ")
             + f"{mfu}, {100 * goal:.0f} % |"
         )

@@ -20,7 +20,7 @@ Groups = tuple[tuple[int, ...], ...]  # positions along an axis; each group comm
 Stages = tuple[Groups | None, ...]  # None: all devices of the axes
 
 # Chips whose compiler does not scatter over a plane.
-_KINDS = CHIPS["v5e"].kinds + CHIPS["v6e"].kinds
+_KINDS = tuple(kind for chip in CHIPS.values() if chip.staged for kind in chip.kinds)
 
 # Axis -> sizes of its stages, from neighbors to the farthest. The region's code need not carry it.
 _SIZES: contextvars.ContextVar[Mapping[str, Sequence[int]] | None] = contextvars.ContextVar(

@@ -13,6 +13,16 @@ from mtnlg_jax.planning.topology import parse
 from mtnlg_jax.planning.traffic import Network
 
 
+def laid(described_tpus, slice_, config):
+    """Return (chip, mesh, torus) of a described slice."""
+    topology = parse(slice_)
+    chip = CHIPS[topology.kind]
+    described = described_tpus(chip.kinds[-1], (*topology.dims, 1)[:3])
+    made = make_mesh(config, described)
+    places = [device.coords for device in made.devices.flat]
+    return chip, made, prediction.torus_between(topology, places, chip)
+
+
 # (pipe, data, context, tensor)
 @pytest.mark.parametrize(
     ("slice_", "mesh"),
@@ -31,14 +41,9 @@ from mtnlg_jax.planning.traffic import Network
     ],
 )
 def test_axes_have_the_links_of_the_mesh(described_tpus, slice_, mesh):
-    topology = parse(slice_)
-    chip = CHIPS[topology.kind]
-    described = described_tpus(chip.kinds[-1], (*topology.dims, 1)[:3])
     pipe, data, context, tensor = mesh
-    made = make_mesh(MeshConfig(pipe=pipe, data=data, context=context, tensor=tensor), described)
-    links = prediction.torus_between(
-        topology, [device.coords for device in made.devices.flat], chip
-    )
+    config = MeshConfig(pipe=pipe, data=data, context=context, tensor=tensor)
+    chip, made, links = laid(described_tpus, slice_, config)
     layout = Layout(*mesh, 1, "circular", 1, None, 1, "none")
     numbers = np.arange(made.devices.size).reshape(made.devices.shape)
     for place, size in enumerate(made.devices.shape):
@@ -55,13 +60,7 @@ def test_axes_have_the_links_of_the_mesh(described_tpus, slice_, mesh):
     ("slice_", "data", "expert"), [("v5p:4x4x4", 1, 64), ("v5p:4x4x8", 16, 8), ("v5p:4x4x4", 2, 32)]
 )
 def test_rows_have_the_links_of_data_and_expert(described_tpus, slice_, data, expert):
-    topology = parse(slice_)
-    chip = CHIPS[topology.kind]
-    described = described_tpus(chip.kinds[-1], topology.dims)
-    made = make_mesh(MeshConfig(data=data, expert=expert), described)
-    links = prediction.torus_between(
-        topology, [device.coords for device in made.devices.flat], chip
-    )
+    chip, _, links = laid(described_tpus, slice_, MeshConfig(data=data, expert=expert))
     size = data * expert
     gather = Transfer(
         "all-gather",
@@ -87,14 +86,9 @@ def test_rows_have_the_links_of_data_and_expert(described_tpus, slice_, data, ex
     ],
 )
 def test_a_step_to_the_next_has_the_hops_of_the_mesh(described_tpus, slice_, mesh, axis):
-    topology = parse(slice_)
-    chip = CHIPS[topology.kind]
-    described = described_tpus(chip.kinds[-1], (*topology.dims, 1)[:3])
     pipe, data, context, tensor = mesh
-    made = make_mesh(MeshConfig(pipe=pipe, data=data, context=context, tensor=tensor), described)
-    links = prediction.torus_between(
-        topology, [device.coords for device in made.devices.flat], chip
-    )
+    config = MeshConfig(pipe=pipe, data=data, context=context, tensor=tensor)
+    chip, made, links = laid(described_tpus, slice_, config)
     numbers = np.arange(made.devices.size).reshape(made.devices.shape)
     place = AXES.index(axis)
     start = np.moveaxis(numbers, place, -1).reshape(-1, made.devices.shape[place])[0]
