@@ -101,6 +101,11 @@ setup(
         ],
         # Answers by a JSON schema, a regular expression or a grammar.
         "grammar": ["llguidance>=1.7,<2"],
+        # launch/evaluate.py --tasks, train.eval_tasks and lm_eval --model mtnlg. No PyTorch comes
+        # with it.
+        "eval": ["lm-eval>=0.4.13,<0.5"],
+        # optimizer.dp_noise_multiplier: what a run spends of its privacy.
+        "privacy": ["dp-accounting>=0.6,<0.7"],
         "dev": [
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
@@ -111,7 +116,9 @@ setup(
             "ipykernel",
             "datasketch>=1.6,<3",
             "gguf>=0.17,<1",
-            # The extras serve and grammar, which are small.
+            # The extras eval, privacy, serve and grammar.
+            "lm-eval>=0.4.13,<0.5",
+            "dp-accounting>=0.6,<0.7",
             "starlette>=1,<2",
             "uvicorn>=0.48,<1",
             "msgspec>=0.20,<1",
