@@ -1,0 +1,65 @@
+"""The report of bias: one page, readable without a network and without scripts."""
+
+from pathlib import Path
+from typing import Any
+
+from mtnlg_jax.evaluate.bias.tables import Range, sections
+
+# The mark of these pages: it stands near the beginning.
+GENERATOR = '<meta name="generator" content="mtnlg_jax, launch/bias.py">'
+# Size of the mark of an interval, in units of its viewBox.
+WIDTH = 120
+HEIGHT = 14
+_MARGIN = 4
+# Words of each table of the page.
+TOP = 20
+
+
+def render(content: dict[str, Any]) -> str:
+    """Return the page of a result of `run.measure_run`."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.tests["range"] = lambda cell: isinstance(cell, Range)
+    environment.globals |= {"x_of": x_of, "width": WIDTH, "height": HEIGHT}
+    page = Path(__file__).with_name("page") / "report.html"
+    template = environment.from_string(page.read_text(encoding="utf-8"))
+    return template.render(
+        sections=sections(content, TOP),
+        facts=_facts(content),
+        model=content["model"],
+        generator=jinja2.utils.markupsafe.Markup(GENERATOR),
+    )
+
+
+def x_of(mark: Range, value: float) -> float:
+    """Return where a value stands in the mark of its interval."""
+    span = mark.most - mark.least or 1.0
+    share = min(1.0, max(0.0, (value - mark.least) / span))
+    return round(_MARGIN + share * (WIDTH - 2 * _MARGIN), 2)
+
+
+def _facts(content: dict[str, Any]) -> list[tuple[str, Any]]:
+    facts = [("model", content["model"]), ("step", content["step"])]
+    associations = content["associations"]
+    if associations:
+        facts.append(("prompts", associations["prompts"]))
+        lexicon = associations["lexicon"]
+        if lexicon:
+            facts.append(
+                (
+                    "lexicon",
+                    f"{lexicon['file']}, {lexicon['words']:,} words, scores {lexicon['low']:g} to "
+                    f"{lexicon['high']:g}",
+                )
+            )
+        drawn = [each["sampled"] for each in associations["sets"].values() if each["sampled"]]
+        if drawn:
+            shown = ", ".join(f"{key} {value}" for key, value in drawn[0]["settings"].items())
+            facts.append(("sampling", shown))
+    facts.append(("created", content["created"]))
+    facts.append(("commit", content["commit"] or "unknown"))
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    return [*facts, ("versions", versions)]

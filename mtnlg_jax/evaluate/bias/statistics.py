@@ -1,0 +1,157 @@
+"""Figures of counts, shares and differences, with their intervals (95 %) and tests."""
+
+# Shapes: W words
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+# Resamples of a bootstrap.
+RESAMPLES = 2000
+# What the prior is worth, relative to the words of an average group.
+PRIOR_WEIGHT = 0.1
+
+
+def log_odds(counts_W, others_W, prior_W) -> tuple[np.ndarray, np.ndarray]:
+    """Return (difference of the log-odds, its z-score) of each word in two corpora, both (W,).
+
+    Weighted log-odds with an informative Dirichlet prior: Monroe, Colaresi and Quinn 2008,
+    equations 16, 20 and 22. Above 0 the word belongs to the first corpus.
+
+    Args:
+      counts_W, others_W: how often each word occurs in the first and in the second corpus.
+      prior_W: pseudo-counts of the prior, above 0 for every word that occurs.
+
+    Raises ValueError on fewer than two words: the odds of the only word are infinite.
+    """
+    first_W = np.asarray(counts_W, float) + prior_W
+    second_W = np.asarray(others_W, float) + prior_W
+    if len(first_W) < 2:
+        raise ValueError(
+            f"log-odds compare words with each other, and there are {len(first_W)}; sample more "
+            "outputs, or lower --min_count"
+        )
+    odds_W = np.log(first_W / (first_W.sum() - first_W))
+    others_odds_W = np.log(second_W / (second_W.sum() - second_W))
+    delta_W = odds_W - others_odds_W
+    return delta_W, delta_W / np.sqrt(1 / first_W + 1 / second_W)
+
+
+def pooled_prior(counts: Sequence[Any], groups: int) -> np.ndarray:
+    """Return pseudo-counts in proportion to the words of all groups together.
+
+    They add up to PRIOR_WEIGHT times the words of an average group. ``counts`` are those of all
+    ``groups`` together, (W,).
+    """
+    return PRIOR_WEIGHT * np.asarray(counts, float) / groups
+
+
+def false_discovery(z_W) -> np.ndarray:
+    """Return the q-value of each z-score, two-sided (Benjamini and Hochberg 1995), (W,)."""
+    return stats.false_discovery_control(2 * stats.norm.sf(np.abs(z_W)))
+
+
+def share(count: float, total: int) -> dict[str, Any]:
+    """Return a share with its Wilson interval and the exact two-sided test against one half.
+
+    ``total`` may be 0: every figure is then None.
+    """
+    if not total:
+        return {"share": None, "low": None, "high": None, "p": None, "count": 0, "total": 0}
+    test = stats.binomtest(int(count), total)
+    low, high = test.proportion_ci(method="wilson")
+    return {
+        "share": count / total,
+        "low": float(low),
+        "high": float(high),
+        "p": float(test.pvalue),
+        "count": int(count),
+        "total": total,
+    }
+
+
+def mean(values: Sequence[float], seed: int) -> dict[str, Any]:
+    """Return the mean of ``values`` (one or more) with its bootstrap percentile interval.
+
+    The interval of one value is None.
+    """
+    found = np.asarray(values, float)
+    low, high = _bootstrap((found,), np.mean, seed)
+    return {"mean": float(found.mean()), "low": low, "high": high, "count": len(found)}
+
+
+def difference(first: Sequence[float], second: Sequence[float], seed: int) -> dict[str, Any]:
+    """Return mean(first) - mean(second) with its bootstrap percentile interval.
+
+    The two are resampled independently. The interval is None if either has one value only.
+    """
+
+    def subtract(x, y, axis=-1):
+        return np.mean(x, axis=axis) - np.mean(y, axis=axis)
+
+    one = np.asarray(first, float)
+    other = np.asarray(second, float)
+    low, high = _bootstrap((one, other), subtract, seed)
+    return {"difference": float(one.mean() - other.mean()), "low": low, "high": high}
+
+
+def _bootstrap(samples: tuple, statistic, seed: int) -> tuple[float | None, float | None]:
+    if min(map(len, samples)) < 2:
+        return None, None
+    found = stats.bootstrap(
+        samples,
+        statistic,
+        n_resamples=RESAMPLES,
+        batch=100,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def paired(differences: Sequence[float]) -> dict[str, Any]:
+    """Return the size of paired differences: mean, its t interval, Cohen's d_z, Wilcoxon's p.
+
+    d_z is the mean over the standard deviation of the differences. Values that need variance are
+    None without any.
+    """
+    found = np.asarray(differences, float)
+    if not len(found):
+        return {"mean": None, "low": None, "high": None, "d": None, "p": None, "count": 0}
+    center = float(found.mean())
+    deviation = float(found.std(ddof=1)) if len(found) > 1 else 0.0
+    if not deviation:
+        nothing = dict.fromkeys(("low", "high", "d", "p"))
+        return {"mean": center, **nothing, "count": len(found)}
+    half = float(stats.t.ppf(0.975, len(found) - 1)) * deviation / len(found) ** 0.5
+    return {
+        "mean": center,
+        "low": center - half,
+        "high": center + half,
+        "d": center / deviation,
+        "p": float(stats.wilcoxon(found).pvalue),
+        "count": len(found),
+    }
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
+    """Return Pearson's r with its interval (Fisher's z) and p, and Spearman's rho with its p.
+
+    Every figure is None with fewer than four pairs, or if one side does not vary.
+    """
+    if len(x) < 4 or len(set(x)) < 2 or len(set(y)) < 2:
+        return {"r": None, "low": None, "high": None, "p": None, "rho": None, "rho_p": None}
+    pearson = stats.pearsonr(x, y)
+    interval = pearson.confidence_interval()
+    spearman = stats.spearmanr(x, y)
+    return {
+        "r": float(pearson.statistic),
+        "low": float(interval.low),
+        "high": float(interval.high),
+        "p": float(pearson.pvalue),
+        "rho": float(spearman.statistic),
+        "rho_p": float(spearman.pvalue),
+    }
