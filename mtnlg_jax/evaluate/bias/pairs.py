@@ -201,7 +201,7 @@ def examples(
     pairs: Sequence[Pair], scored: Sequence[tuple[Scored, Scored]], most: int
 ) -> list[dict[str, Any]]:
     """Return the pairs with the largest differences of the sums, in either direction."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "more": pair.more,
             "less": pair.less,

@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # Columns by their names here; the first name that a file has counts.
@@ -165,7 +165,9 @@ def _json_rows(path: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str,
         yield number, {key: str(value) for key, value in content.items() if value is not None}
 
 
-def _columns(columns: Sequence[str], wanted: dict[str, tuple[str, ...]]) -> dict[str, str | None]:
+def _columns(
+    columns: Sequence[str], wanted: Mapping[str, tuple[str, ...]]
+) -> dict[str, str | None]:
     return {
         name: next((one for one in names if one in columns), None) for name, names in wanted.items()
     }

@@ -85,7 +85,7 @@ def word_tables(
         ratio_W = ratio_TW.mean(0)
         agree_W = (np.sign(ratio_TW) == np.sign(ratio_W)).mean(0)
         other_W = np.mean([shares[other].mean(0) for other in shares if other != group], 0)
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "word": words[i],
                 "share": float(shares[group][:, i].mean()),

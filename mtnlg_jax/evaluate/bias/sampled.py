@@ -128,7 +128,7 @@ def word_tables(
         )
         return {"words": None, "absent": absent}
     table = {group: np.array([own.get(word, 0) for word in words]) for group, own in counts.items()}
-    pooled = sum(table.values())
+    pooled = np.sum(list(table.values()), 0)
     tables = {}
     for group, own in table.items():
         others = pooled - own
@@ -136,7 +136,7 @@ def word_tables(
         delta, z = statistics.log_odds(own, others, prior)
         q = statistics.false_discovery(z)
         rest = sum(totals.values()) - totals[group]
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "word": word,
                 "count": int(own[i]),

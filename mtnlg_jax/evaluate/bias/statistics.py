@@ -39,13 +39,13 @@ def log_odds(counts_W, others_W, prior_W) -> tuple[np.ndarray, np.ndarray]:
     return delta_W, delta_W / np.sqrt(1 / first_W + 1 / second_W)
 
 
-def pooled_prior(counts: Sequence[Any], groups: int) -> np.ndarray:
+def pooled_prior(counts_W, groups: int) -> np.ndarray:
     """Return pseudo-counts in proportion to the words of all groups together.
 
-    They add up to PRIOR_WEIGHT times the words of an average group. ``counts`` are those of all
-    ``groups`` together, (W,).
+    They add up to PRIOR_WEIGHT times the words of an average group. ``counts_W`` are those of
+    all ``groups`` together, (W,).
     """
-    return PRIOR_WEIGHT * np.asarray(counts, float) / groups
+    return PRIOR_WEIGHT * np.asarray(counts_W, float) / groups
 
 
 def false_discovery(z_W) -> np.ndarray:
