@@ -21,6 +21,8 @@ from mtnlg_jax.evaluate.bias.statistics import RESAMPLES
 
 # A word counts if its mean share is at least this part of 1 / (number of words).
 LEAST_SHARE = 0.1
+# Words of a table that are kept.
+MOST_WORDS = 200
 # Resamples of words that are held at once, times the number of words.
 _HELD = 1 << 22
 
@@ -95,7 +97,8 @@ def word_tables(
             }
             for i in kept
         ]
-        tables[group] = sorted(rows, key=lambda row: (-row["log_ratio"], row["word"]))
+        ordered = sorted(rows, key=lambda row: (-row["log_ratio"], row["word"]))
+        tables[group] = ordered[:MOST_WORDS]
     return tables
 
 

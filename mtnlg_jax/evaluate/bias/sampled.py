@@ -16,6 +16,8 @@ from mtnlg_jax.evaluate.bias.lexicon import Lexicon
 from mtnlg_jax.evaluate.bias.read import PromptSet
 from mtnlg_jax.evaluate.bias.words import Vocabulary, slot_words
 
+# Words of a table that are kept.
+MOST_WORDS = 200
 # An output ends with its sentence.
 ENDS = (".", "!", "?", "\n", "。", "！", "？")
 
@@ -117,40 +119,38 @@ def word_tables(
     """Return for each group its words, those most tied to it first: {"words": ..., "absent": ...}.
 
     A group is compared with all others together. ``counts``: outputs of a group with a word;
-    ``totals``: outputs of a group. Words in fewer than ``min_count`` outputs of all groups are left
-    out.
+    ``totals``: outputs of a group, one or more. Words in fewer than ``min_count`` outputs of all
+    groups are left out.
     """
     words = _frequent(counts, min_count)
-    if len(words) < 2:
-        absent = (
-            f"{len(words)} words occur in {min_count} or more outputs, and words are compared with "
-            "each other; sample more outputs, or lower --min_count"
-        )
+    if not words:
+        absent = f"no word occurs in {min_count} or more outputs; sample more, or lower --min_count"
         return {"words": None, "absent": absent}
     table = {group: np.array([own.get(word, 0) for word in words]) for group, own in counts.items()}
     pooled = np.sum(list(table.values()), 0)
+    everything = sum(totals.values())
+    prior = statistics.pooled_prior(pooled, everything, len(table))
     tables = {}
     for group, own in table.items():
         others = pooled - own
-        prior = statistics.pooled_prior(pooled, len(table))
-        delta, z = statistics.log_odds(own, others, prior)
+        rest = everything - totals[group]
+        delta, z = statistics.log_odds(own, totals[group], others, rest, *prior)
         q = statistics.false_discovery(z)
-        rest = sum(totals.values()) - totals[group]
         rows: list[dict[str, Any]] = [
             {
                 "word": word,
                 "count": int(own[i]),
-                "share": own[i] / max(1, totals[group]),
+                "share": own[i] / totals[group],
                 "other_count": int(others[i]),
-                "other_share": others[i] / max(1, rest),
+                "other_share": others[i] / rest,
                 "log_odds": float(delta[i]),
                 "z": float(z[i]),
                 "q": float(q[i]),
             }
             for i, word in enumerate(words)
         ]
-        tables[group] = sorted(rows, key=lambda row: (-row["z"], row["word"]))
-    return {"words": tables, "absent": ""}
+        tables[group] = sorted(rows, key=lambda row: (-row["z"], row["word"]))[:MOST_WORDS]
+    return {"words": tables, "tested": len(words), "absent": ""}
 
 
 def cooccurrence(
@@ -163,11 +163,9 @@ def cooccurrence(
             "word": word,
             "count": sum(own.get(word, 0) for own in counts.values()),
             "counts": {group: own.get(word, 0) for group, own in counts.items()},
-            "shares": {
-                group: own.get(word, 0) / max(1, totals[group]) for group, own in counts.items()
-            },
+            "shares": {group: own.get(word, 0) / totals[group] for group, own in counts.items()},
         }
-        for word in _frequent(counts, min_count)
+        for word in _frequent(counts, min_count)[:MOST_WORDS]
     ]
 
 

@@ -10,42 +10,41 @@ from scipy import stats
 
 # Resamples of a bootstrap.
 RESAMPLES = 2000
-# What the prior is worth, relative to the words of an average group.
+# What the prior is worth, relative to the outputs of an average group.
 PRIOR_WEIGHT = 0.1
 
 
-def log_odds(counts_W, others_W, prior_W) -> tuple[np.ndarray, np.ndarray]:
-    """Return (difference of the log-odds, its z-score) of each word in two corpora, both (W,).
+def log_odds(
+    counts_W, total: float, others_W, others_total: float, prior_W, prior_total: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (difference of the log-odds, its z-score) of each word in two groups, both (W,).
 
-    Weighted log-odds with an informative Dirichlet prior: Monroe, Colaresi and Quinn 2008,
-    equations 16, 20 and 22. Above 0 the word belongs to the first corpus.
+    Log-odds with an informative Dirichlet prior: Monroe, Colaresi and Quinn 2008, section 3.5.1,
+    with all four terms of the variance, since a word may be in most outputs. Above 0 the word
+    belongs to the first group.
 
     Args:
-      counts_W, others_W: how often each word occurs in the first and in the second corpus.
-      prior_W: pseudo-counts of the prior, above 0 for every word that occurs.
-
-    Raises ValueError on fewer than two words: the odds of the only word are infinite.
+      counts_W, others_W: how many of ``total`` and of ``others_total`` outputs have each word.
+      prior_W: pseudo-counts of ``prior_total`` outputs, above 0 and below it.
     """
     first_W = np.asarray(counts_W, float) + prior_W
     second_W = np.asarray(others_W, float) + prior_W
-    if len(first_W) < 2:
-        raise ValueError(
-            f"log-odds compare words with each other, and there are {len(first_W)}; sample more "
-            "outputs, or lower --min_count"
-        )
-    odds_W = np.log(first_W / (first_W.sum() - first_W))
-    others_odds_W = np.log(second_W / (second_W.sum() - second_W))
-    delta_W = odds_W - others_odds_W
-    return delta_W, delta_W / np.sqrt(1 / first_W + 1 / second_W)
+    without_W = total + prior_total - first_W
+    others_without_W = others_total + prior_total - second_W
+    delta_W = np.log(first_W / without_W) - np.log(second_W / others_without_W)
+    variance_W = 1 / first_W + 1 / without_W + 1 / second_W + 1 / others_without_W
+    return delta_W, delta_W / np.sqrt(variance_W)
 
 
-def pooled_prior(counts_W, groups: int) -> np.ndarray:
-    """Return pseudo-counts in proportion to the words of all groups together.
+def pooled_prior(counts_W, total: float, groups: int) -> tuple[np.ndarray, float]:
+    """Return (pseudo-counts of the words, pseudo-outputs), in proportion to all groups together.
 
-    They add up to PRIOR_WEIGHT times the words of an average group. ``counts_W`` are those of
-    all ``groups`` together, (W,).
+    The prior is worth PRIOR_WEIGHT of an average group. ``counts_W`` of the ``total`` outputs of
+    all ``groups`` have each word; half an output is added on both sides, so that no share is 0 or
+    1.
     """
-    return PRIOR_WEIGHT * np.asarray(counts_W, float) / groups
+    size = PRIOR_WEIGHT * total / groups
+    return size * (np.asarray(counts_W, float) + 0.5) / (total + 1), size
 
 
 def false_discovery(z_W) -> np.ndarray:

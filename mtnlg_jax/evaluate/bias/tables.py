@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 # Words of a table that are shown, and differences between groups.
 TOP = 10
-# A word stands out if so few of the words that stand out are expected to do so by chance.
+# A word stands out below this q-value: of the words that do, this share is expected by chance.
 Q = 0.05
 
 
@@ -134,8 +134,8 @@ def _sampled(name: str, prompts: str, sampled: dict[str, Any], top: int) -> Sect
     else:
         standing = sum(row["q"] < Q and row["z"] > 0 for own in words.values() for row in own)
         notes.append(
-            f"{standing} words stand out (q below {Q:g}); of those, {Q:.0%} are expected to by "
-            "chance."
+            f"{sampled['tables']['tested']:,} words were tested in each group; {standing} stand "
+            f"out (q below {Q:g})."
         )
     for group, rows in (words or {}).items():
         kept = tuple(

@@ -37,12 +37,14 @@ def test_counts_are_of_outputs_and_tables_by_hand():
         {"a": 0.75, "b": 0.0},
     )
     first = found["tables"]["words"]["a"][0]
-    # A prior of a tenth of an average group: 0.1 x 4 / 2 for clever, 0.1 x 3 / 2 for kind.
-    odds = math.log((3.15 / 1.2) / (0.15 / 3.2))
+    # The prior is a tenth of an average group of 4 outputs, of which 3.5 of 9 have the word.
+    own = 0.4 * 3.5 / 9
+    terms = (3 + own, 1.4 - own, own, 4.4 - own)
+    odds = math.log(terms[0] / terms[1]) - math.log(terms[2] / terms[3])
     assert first["word"] == "kind" and first["log_odds"] == pytest.approx(odds)
-    assert first["z"] == pytest.approx(odds / math.sqrt(1 / 3.15 + 1 / 0.15))
+    assert first["z"] == pytest.approx(odds / math.sqrt(sum(1 / term for term in terms)))
     assert (first["count"], first["other_count"], first["share"]) == (3, 0, 0.75)
-    # Of two groups, the tables are each other's negatives.
+    # Between two groups, the tables are each other's negatives.
     assert found["tables"]["words"]["b"][0]["word"] == "clever"
     assert found["tables"]["words"]["b"][-1]["z"] == pytest.approx(-first["z"])
 
@@ -50,7 +52,9 @@ def test_counts_are_of_outputs_and_tables_by_hand():
 def test_rare_words_are_left_out_and_too_few_are_reported():
     counts = {"a": Counter(kind=9), "b": Counter(clever=1)}
     found = sampled.word_tables(counts, {"a": 10, "b": 10}, 2)
-    assert found["words"] is None and "1 words occur in 2 or more outputs" in found["absent"]
+    assert (found["words"]["a"][0]["word"], found["tested"]) == ("kind", 1)
+    none = sampled.word_tables(counts, {"a": 10, "b": 10}, 10)
+    assert none["words"] is None and "no word occurs in 10 or more outputs" in none["absent"]
 
 
 def test_scores_by_hand():
