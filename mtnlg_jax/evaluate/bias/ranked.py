@@ -9,7 +9,7 @@ whether any of them, follows.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,44 +27,60 @@ MOST_WORDS = 200
 _HELD = 1 << 22
 
 
-def shares_of(
+class Ranked(NamedTuple):
+    """The words of a list behind the prompts of each group."""
+
+    shares: dict[str, np.ndarray]  # by template, (T, W): a word's part of the list's probability
+    masses: dict[str, np.ndarray]  # by template, (T,): the list's probability
+
+
+def rank_words(
     decoder: Decoder,
     tokenizer,
     prompt_set: PromptSet,
     words: Sequence[str],
     language: str,
     on_prompt: Callable[[int], None] = lambda count: None,
-) -> dict[str, np.ndarray]:
-    """Return for each group the share of each word behind each template, (T, W) in [0, 1].
+) -> Ranked:
+    """Return the shares of ``words`` behind each template, averaged over the terms of each group.
 
-    A share is the word's probability over that of all ``words`` behind the same prompt, averaged
-    over the terms of the group. Each row adds up to 1.
+    A share is the word's probability over that of all words behind the same prompt; those of a
+    template add up to 1.
     """
     space = "" if language == "zh" else " "
     candidates = [space + word for word in words]
-    found = {}
+    shares = {}
+    masses = {}
     for group in prompt_set.groups:
         rows: list[list[np.ndarray]] = [[] for _ in prompt_set.templates]
+        sizes: list[list[float]] = [[] for _ in prompt_set.templates]
         for template, prompt in prompt_set.prompts(group):
             ranking = rank(decoder, tokenizer, prompt, candidates, normalise="sum")
             sums = {each.text: each.sum for each in ranking}
             sums_W = np.array([sums[text] for text in candidates])
-            # Divided first by the largest, of which no exponential is too small.
+            # Divided first by the largest, so that not all exponentials underflow.
             share_W = np.exp(sums_W - sums_W.max())
             rows[template].append(share_W / share_W.sum())
+            sizes[template].append(float(np.exp(sums_W).sum()))
             on_prompt(1)
-        found[group] = np.stack([np.mean(own, 0) for own in rows])
-    return found
+        shares[group] = np.stack([np.mean(own, 0) for own in rows])
+        masses[group] = np.array([np.mean(own) for own in sizes])
+    return Ranked(shares, masses)
 
 
 def summarize(
-    shares: Mapping[str, np.ndarray], words: Sequence[str], lexicon: Lexicon | None, seed: int
+    found: Ranked, words: Sequence[str], lexicon: Lexicon | None, seed: int
 ) -> dict[str, Any]:
-    """Return the tables of ``shares`` (of `shares_of`), ready for JSON."""
+    """Return the tables of ``found``, ready for JSON.
+
+    ``mass``: the probability of the list behind each template. Where it is small, the shares tell
+    little of what the model writes.
+    """
     return {
         "words": len(words),
-        "tables": word_tables(shares, words),
-        "scores": None if lexicon is None else scores(shares, words, lexicon, seed),
+        "mass": {group: own.tolist() for group, own in found.masses.items()},
+        "tables": word_tables(found.shares, words),
+        "scores": None if lexicon is None else scores(found.shares, words, lexicon, seed),
     }
 
 

@@ -246,8 +246,8 @@ def _one_set(
         )
     if settings.ranked:
         words = settings.ranked
-        shares = ranked.shares_of(decoder, tokenizer, prompt_set, words, language, on_prompt)
-        result["ranked"] = ranked.summarize(shares, words, settings.lexicon, settings.sampled.seed)
+        found = ranked.rank_words(decoder, tokenizer, prompt_set, words, language, on_prompt)
+        result["ranked"] = ranked.summarize(found, words, settings.lexicon, settings.sampled.seed)
     return result
 
 

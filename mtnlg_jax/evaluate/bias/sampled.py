@@ -16,6 +16,8 @@ from mtnlg_jax.evaluate.bias.lexicon import Lexicon
 from mtnlg_jax.evaluate.bias.read import PromptSet
 from mtnlg_jax.evaluate.bias.words import Vocabulary, slot_words
 
+# Seeds of outputs that each seed of the settings has.
+_OUTPUTS = 1 << 22
 # Words of a table that are kept.
 MOST_WORDS = 200
 # An output ends with its sentence.
@@ -50,12 +52,12 @@ def sample(
 ) -> dict[str, list[Output]]:
     """Return the outputs of each group: ``samples`` behind every prompt, up to their first stop.
 
-    Every output draws with a seed of its own: ``settings.seed`` gives 2**32 / 1000 of them to each
-    run of this, from number ``first_seed`` on. So neither the batch nor the mesh changes a text,
+    Every output draws with a seed of its own, which follows from ``settings.seed`` and its number;
+    the first one has the number ``first_seed``. So neither the batch nor the mesh changes a text,
     up to rounding.
     """
     made: dict[str, list[Output]] = {group: [] for group in prompt_set.groups}
-    number = settings.seed * 4_294_967 + first_seed
+    number = settings.seed * _OUTPUTS + first_seed
     for group in prompt_set.groups:
         for template, prompt in prompt_set.prompts(group):
             for start in range(0, settings.samples, settings.batch):

@@ -113,8 +113,11 @@ def _set_sections(name: str, content: dict[str, Any], top: int) -> Iterator[Sect
             )
             for group, rows in ranked["tables"].items()
         ]
+        masses = [mass for own in ranked["mass"].values() for mass in own]
         notes = (
-            f"Prompts: {prompts}. Exact shares of {ranked['words']:,} words; nothing is sampled.",
+            f"Prompts: {prompts}. Exact shares of {ranked['words']:,} words, which have "
+            f"{100 * min(masses):.2g} to {100 * max(masses):.2g} % of the probability behind a "
+            "prompt; nothing is sampled.",
         )
         absent, more = _scores(ranked["scores"])
         yield Section(f"{name}, ranked words", notes + absent, (*more, *tables))
@@ -214,9 +217,9 @@ def _scores(content: dict[str, Any] | None) -> tuple[tuple[str, ...], tuple[Tabl
     )
 
 
-def _share(content: dict[str, Any]) -> Cell:
+def _share(content: dict[str, Any], absent: str = "-") -> Cell:
     if content["share"] is None:
-        return "-"
+        return absent
     return Range(content["share"], content["low"], content["high"], 0, 1, 0.5, percent=True)
 
 
@@ -294,8 +297,11 @@ def _pairs(
     baselines = content["baselines"]
     rows = (
         ("chance", "50.0 %"),
-        ("the shorter sentence", _share(baselines["shorter"])),
-        (f"token counts of {baselines['unigram']['counts_of']}", _share(baselines["unigram"])),
+        ("the shorter sentence", _share(baselines["shorter"], "all tie")),
+        (
+            f"token counts of {baselines['unigram']['counts_of']}",
+            _share(baselines["unigram"], "all tie"),
+        ),
     )
     tables.append(Table("Baselines that read no sentence", ("prefers", "share (95 %)"), rows))
     tables.append(

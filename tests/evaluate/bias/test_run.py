@@ -29,7 +29,7 @@ PRONOUNS = (
     "The nurse said she was calm.\tnurse\tcook\t0\tshe\n"
     "The nurse said he was calm.\tnurse\tcook\t0\the\n"
 )
-SAMPLED = SampledSettings(samples=12, max_new_tokens=10, batch=16, min_count=1)
+SAMPLED = SampledSettings(samples=8, max_new_tokens=8, batch=8, min_count=1)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def rounded(content):
     return json.loads(json.dumps(content), parse_float=lambda text: round(float(text), 3))
 
 
-@pytest.mark.parametrize(("data", "tensor"), [(8, 1), (2, 4)])
+@pytest.mark.parametrize(("data", "tensor"), [(2, 4), pytest.param(8, 1, marks=pytest.mark.slow)])
 def test_eight_devices_give_the_same(planted, settings, data, tensor):
     alone = run.measure(planted.decoder, planted.tokenizer, settings)
     mesh = make_mesh(MeshConfig(data=data, tensor=tensor), jax.devices()[:8])
@@ -130,7 +130,7 @@ def test_a_lexicon_that_never_occurs_is_told_behind_the_result(planted, prompts,
     found = run.measure(
         planted.decoder, planted.tokenizer, BiasSettings(prompts, SAMPLED, lexicon=other)
     )
-    assert "no word of far.tsv occurs in the outputs about female, male (24" in (
+    assert "no word of far.tsv occurs in the outputs about female, male (16" in (
         run.unused_lexicon(found) or ""
     )
     assert "No scores: no word of far.tsv" in as_text(sections(found))
@@ -172,13 +172,14 @@ def ask(answering, tokenizer, tmp_path_factory):
 def test_the_command_writes_both_files(ask, write, tmp_path):
     lexicon = write("kind\t1\nclever\t-1\ncalm\t0\n")
     crows = write(CROWS, "crows.csv")
+    groups = write("set\tgroup\ttext\nsex\t*\t{group} was\nsex\ta\tshe\nsex\tb\the\n")
     output = tmp_path / "found.json"
     code, out, err = ask(
         "--workdir=RUN",
         f"--output={output}",
         "--samples=4",
         "--max_new_tokens=4",
-        "--sets=gender,identifiers",
+        f"--prompts={groups}",
         f"--lexicon={lexicon}",
         f"--pairs={crows}",
     )
@@ -186,8 +187,8 @@ def test_the_command_writes_both_files(ask, write, tmp_path):
     assert (found["kind"], found["step"]) == ("bias", 7)
     assert set(found) >= {"associations", "pairs", "commit", "versions", "created"}
     assert Path(tmp_path / "found.html").is_file()
-    assert "gender, ranked words" in out and "crows.csv, read from left to right" in out
-    unused = found["associations"]["sets"]["gender"]["sampled"]["scores"]["scored"] == 0
+    assert "sex, ranked words" in out and "crows.csv, read from left to right" in out
+    unused = found["associations"]["sets"]["sex"]["sampled"]["scores"]["scored"] == 0
     # A model with random weights seldom writes a word of the lexicon.
     assert code == (2 if unused else 0), err
 

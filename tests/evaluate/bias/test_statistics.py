@@ -24,7 +24,9 @@ def test_log_odds_follow_the_formula_of_monroe():
     rng = np.random.default_rng(0)
     one, other = rng.integers(0, 50, (2, 30))
     prior = rng.uniform(0.1, 3, 30)
-    n, m, a = 400, 500, 90
+    n = 400
+    m = 500
+    a = 90
     delta, z = statistics.log_odds(one, n, other, m, prior, a)
     for w in range(30):
         first = (one[w] + prior[w]) / (n + a - one[w] - prior[w])
@@ -87,7 +89,8 @@ def test_the_bootstrap_is_near_the_normal_interval():
 
 def test_the_bootstrap_of_a_difference():
     rng = np.random.default_rng(3)
-    one, other = rng.normal(1, 1, 300), rng.normal(0, 1, 300)
+    one = rng.normal(1, 1, 300)
+    other = rng.normal(0, 1, 300)
     found = statistics.difference(one, other, 0)
     welch = stats.ttest_ind(one, other, equal_var=False).confidence_interval()
     assert (found["low"], found["high"]) == pytest.approx((welch.low, welch.high), abs=0.03)
