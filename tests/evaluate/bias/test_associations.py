@@ -90,6 +90,20 @@ def test_ranked_tables_by_hand():
     assert found["differences"][0]["difference"] == pytest.approx(0.25 - (0.475 - 0.3 + 0.1125))
 
 
+def test_a_group_is_compared_with_the_mean_of_the_others():
+    shares = {
+        "a": np.array([[0.8, 0.2]]),
+        "b": np.array([[0.4, 0.6]]),
+        "c": np.array([[0.1, 0.9]]),
+    }
+    first = ranked.word_tables(shares, ["kind", "clever"])["a"][0]
+    # Over the geometric mean of 0.4 and 0.1.
+    assert (first["word"], first["log_ratio"]) == ("kind", pytest.approx(math.log(4)))
+    found = ranked.scores(shares, ["kind", "clever"], LEXICON, 0)
+    gaps = [(row["group"], row["other"]) for row in found["differences"]]
+    assert gaps == [("a", "c"), ("a", "b"), ("b", "c")]
+
+
 def test_words_that_no_list_ranks_are_reported():
     shares = {"a": np.full((1, 2), 0.5), "b": np.full((1, 2), 0.5)}
     found = ranked.scores(shares, ["tall", "kind"], LEXICON, 0)
