@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import textwrap
 import time
 
 import jax
@@ -14,6 +15,7 @@ from mtnlg_jax.hardware import flops_per_token
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.metrics import MetricsLog, peak_flops
+from mtnlg_jax.train.plots import OBJECTIVES, losses_of_sources
 from mtnlg_jax.train.schedule import is_masked, loss_name, stage_at
 
 FIGURES = ("causal_loss", "perplexity", "bits_per_byte", "masked_loss")  # of an evaluation
@@ -22,6 +24,14 @@ FIGURES = ("causal_loss", "perplexity", "bits_per_byte", "masked_loss")  # of an
 def short(value: float | None) -> str:
     """Format a loss with three decimals."""
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def wrapped(text: str) -> list[str]:
+    """Return ``text`` in lines of a terminal; those after the first are indented."""
+    # Names, which may be long or have hyphens, stay in one piece.
+    return textwrap.wrap(
+        text, 100, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +65,18 @@ class Summary:
         ]
         if not losses:
             return "nothing is held out, so there is no held-out loss"
-        return f"held out at step {self.final['step']}: {', '.join(losses)}"
+        means = f"held out at step {self.final['step']}: {', '.join(losses)}"
+        return "\n".join([means, *self._by_source()])
+
+    def _by_source(self) -> list[str]:
+        """Return lines with the held-out loss of each source, where there are several."""
+        lines = []
+        for objective in OBJECTIVES:
+            found = losses_of_sources(self.final, objective)
+            if found:
+                text = ", ".join(f"{name} {short(loss)}" for name, loss in found.items())
+                lines += wrapped(f"  {objective} loss by source: {text}")
+        return lines
 
     @property
     def kept(self) -> str:

@@ -16,9 +16,9 @@ from mtnlg_jax.train.metrics import (
     plot_loss,
     read_metrics,
     scan_metrics,
-    smoothed,
     training_loss,
 )
+from mtnlg_jax.train.plots import smoothed
 from mtnlg_jax.train.reporter import show
 from mtnlg_jax.train.schedule import loss_name
 

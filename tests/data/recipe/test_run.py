@@ -347,6 +347,11 @@ def test_a_run_reads_every_source_by_its_weight(made):
     assert data.tokenizer.fingerprint == info["tokenizer"]["fingerprint"]
     [(held_out, share)] = data.held_out
     assert len(held_out) == info["tokens"]["heldout"] and share == 1
+    # The held-out text says whose it is.
+    names = [row["name"] for row in info["blend"]]
+    spans = held_out.meta["sources"]
+    assert {name for name, _ in spans} == set(names)
+    assert sum(tokens for _, tokens in spans) == len(held_out)
     samples = 1024
     drawn, _ = data.stages[0]._blend(np.arange(samples))
     assert np.bincount(drawn) / samples == pytest.approx(
