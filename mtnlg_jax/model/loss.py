@@ -67,7 +67,7 @@ def cross_entropy_by_group(
       groups_B: int32 from 0 to ``groups`` - 1. In the sums of groups every token with a weight
         above 0 counts once, whatever its weight.
     """
-    arrays = (x_BD, labels_B, weights_B, groups_B)
+    arrays: tuple[jax.Array, ...] = (x_BD, labels_B, weights_B, groups_B)
     if sparse:
         order = jnp.argsort(weights_B == 0)
         arrays = tuple(each[order] for each in arrays)

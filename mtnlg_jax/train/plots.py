@@ -1,5 +1,6 @@
 """Smoothed lines of loss.png, and its panels below the losses: the held-out loss of each source."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -57,7 +58,7 @@ def panels_of(records: list[dict]) -> list[tuple[str, dict[str, list[tuple[int, 
     """Return (label of the y axis, {name of a curve: its (step, value) pairs}) of every panel."""
     panels = []
     for objective in OBJECTIVES:
-        found = _curves(records, lambda record, kind=objective: losses_of_sources(record, kind))
+        found = _curves(records, functools.partial(losses_of_sources, objective=objective))
         if found:
             panels.append((f"{objective} loss of held-out\ntext by source, nats a token", found))
     return panels
@@ -83,7 +84,7 @@ def draw(axes: Any, curves: dict[str, list[tuple[int, float]]]) -> None:
     """Draw ``curves`` with a legend beside them, in the order of their last values."""
     from matplotlib import colormaps
 
-    colors = colormaps["tab20"].colors
+    colors = [colormaps["tab20"](number) for number in range(20)]
     # The order of the ends of the lines, so that a reader finds a line by its height.
     order = sorted(curves, key=lambda name: -curves[name][-1][1])
     for number, name in enumerate(order):
