@@ -22,7 +22,12 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["mtnlg_jax", "mtnlg_jax.*"]),
-    package_data={"mtnlg_jax": ["**/*.json", "**/*.txtpb", "serve/page/*", "tasks/many/page/*"]},
+    package_data={
+        "mtnlg_jax": [
+            *("**/*.json", "**/*.txtpb", "serve/page/*", "tasks/many/page/*"),
+            "evaluate/harness_tasks/*.yaml",
+        ]
+    },
     python_requires=">=3.12",
     install_requires=[
         # Pallas and the typing of shard_map move with each minor release of JAX.
