@@ -41,10 +41,15 @@ class FromTraining:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
         self._program = jax.jit(self._make, out_shardings=shardings)
 
+    @property
+    def hollow(self) -> Decoder:
+        """The decoder without its parameters."""
+        mesh = None if self.mesh.size == 1 else self.mesh
+        return Decoder(self._config.model, (), False, mesh)
+
     def __call__(self, params: nnx.State) -> Decoder:
         """Return the decoder of ``state.params`` of the run, which stay as they are."""
-        mesh = None if self.mesh.size == 1 else self.mesh
-        return Decoder(lora.without(self._config).model, self._program(params), False, mesh)
+        return self.hollow._replace(params=self._program(params))
 
     def _make(self, params: nnx.State) -> tuple:
         config = self._config.model

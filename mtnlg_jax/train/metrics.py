@@ -132,7 +132,7 @@ class MetricsLog:
         self._board = self._new_board(purge_step=step + 1)
 
     def write(self, record: dict) -> None:
-        """Append ``record``, which has "kind" (train | eval) and "step".
+        """Append ``record``, which has "kind" (train | eval | tasks) and "step".
 
         Its numbers go to TensorBoard under kind/name. A number that is not finite is null in the
         file, because JSON cannot express it.
@@ -154,9 +154,9 @@ class MetricsLog:
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
-    def has_eval(self, step: int) -> bool:
-        """Return whether an evaluation after ``step`` is recorded."""
-        return any(record["step"] == step for record in self.evaluations())
+    def has(self, kind: str, step: int) -> bool:
+        """Return whether there is a record of ``kind`` after ``step``."""
+        return any(record["step"] == step for record in self.records if record["kind"] == kind)
 
     def evaluations(self) -> list[dict]:
         """Return the records of all evaluations, those of earlier starts as well."""
@@ -330,7 +330,8 @@ def plot_loss(records: list[dict], path: str) -> None:
     """Plot the losses of training (thin and smoothed) and of held-out text, by objective.
 
     A training objective other than the cross entropy of the text has its own panel, and so have the
-    held-out losses of several sources. Steps that were not finite are marked.
+    held-out losses of several sources and the scores of tasks. Steps that were not finite are
+    marked.
     """
     import matplotlib
 
@@ -342,7 +343,7 @@ def plot_loss(records: list[dict], path: str) -> None:
     # The panel of the cross entropy is always there, for the held-out losses.
     panels = [name for name in TRAINING_LOSSES if name == "loss" or name in used]
     more = plots.panels_of(records)
-    heights = [3.0] * len(panels) + [plots.height_of(drawn) for _, drawn in more]
+    heights = [3.0] * len(panels) + [plots.height_of(each.curves) for each in more]
     figure, rows = pyplot.subplots(
         len(heights),
         # Wider where a legend stands beside a panel.
@@ -351,10 +352,8 @@ def plot_loss(records: list[dict], path: str) -> None:
         squeeze=False,
         height_ratios=heights,
     )
-    for (label, drawn), axes in zip(more, rows[len(panels) :, 0], strict=True):
-        plots.draw(axes, drawn)
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
+    for panel, axes in zip(more, rows[len(panels) :, 0], strict=True):
+        plots.draw(axes, panel)
     for name, axes in zip(panels, rows[: len(panels), 0], strict=True):
         for objective, color in {"causal": "tab:blue", "masked": "tab:orange"}.items():
             _plot_training(axes, curves(records, objective, name), color, f"{objective}, training")

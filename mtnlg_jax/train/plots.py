@@ -1,14 +1,17 @@
-"""Smoothed lines of loss.png, and its panels below the losses: the held-out loss of each source."""
+"""Smoothed lines of loss.png, and its panels below the losses: the held-out loss of each source
+and the scores of tasks."""
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 _DECAY = 0.9  # the smoothed line weighs a neighbor by this to the power of its distance
 _REACH = 60  # neighbors on either side
+# Name of a curve -> its (step, value) pairs.
+Curves = dict[str, list[tuple[int, float]]]
 OBJECTIVES = ("causal", "masked")
 _LINES = ("-", "--", ":")  # for more curves than colors
 # Tall enough for a legend of this number of curves in its small letters.
@@ -54,20 +57,47 @@ def losses_of_sources(record: dict, objective: str) -> dict[str, float]:
     return {name: math.nan if x is None else float(x) for name, x in found.items()}
 
 
-def panels_of(records: list[dict]) -> list[tuple[str, dict[str, list[tuple[int, float]]]]]:
-    """Return (label of the y axis, {name of a curve: its (step, value) pairs}) of every panel."""
+def scores_of_tasks(record: dict) -> dict[str, float]:
+    """Return the scores in a ``record`` of tasks by "TASK/METRIC", without errors and row counts.
+    One that was not finite is nan."""
+    return {
+        name: math.nan if value is None else float(value)
+        for name, value in record.items()
+        if "/" in name and not name.endswith(("_stderr", "/rows"))
+    }
+
+
+class Panel(NamedTuple):
+    """A part of loss.png with a legend beside it."""
+
+    label: str  # of the y axis
+    curves: Curves
+    log: bool = False  # whether the y axis is logarithmic
+
+
+def panels_of(records: list[dict]) -> list[Panel]:
+    """Return the panels below the losses."""
     panels = []
     for objective in OBJECTIVES:
         found = _curves(records, functools.partial(losses_of_sources, objective=objective))
         if found:
-            panels.append((f"{objective} loss of held-out\ntext by source, nats a token", found))
+            label = f"{objective} loss of held-out\ntext by source, nats a token"
+            panels.append(Panel(label, found))
+    tasks = [record for record in records if record["kind"] == "tasks"]
+    by_metric: dict[str, Curves] = {}
+    for name, points in _curves(tasks, scores_of_tasks).items():
+        # Accuracies and the like share a panel. A perplexity falls by powers of ten.
+        share = all(0 <= value <= 1 for _, value in points)
+        metric = "scores of tasks" if share else name.rpartition("/")[2]
+        by_metric.setdefault(metric, {})[name.replace("/", " ")] = points
+    for metric, curves in by_metric.items():
+        positive = all(value > 0 for points in curves.values() for _, value in points)
+        panels.append(Panel(metric, curves, log=metric != "scores of tasks" and positive))
     return panels
 
 
-def _curves(
-    records: list[dict], values_of: Callable[[dict], dict[str, float]]
-) -> dict[str, list[tuple[int, float]]]:
-    curves: dict[str, list[tuple[int, float]]] = {}
+def _curves(records: list[dict], values_of: Callable[[dict], dict[str, float]]) -> Curves:
+    curves: Curves = {}
     for record in records:
         for name, value in values_of(record).items():
             if math.isfinite(value):
@@ -75,14 +105,20 @@ def _curves(
     return curves
 
 
-def height_of(curves: dict[str, list[tuple[int, float]]]) -> float:
+def height_of(curves: Curves) -> float:
     """Return the height of a panel in inches."""
     return max(3.0, 3.0 * len(curves) / _CURVES_A_PANEL)
 
 
-def draw(axes: Any, curves: dict[str, list[tuple[int, float]]]) -> None:
-    """Draw ``curves`` with a legend beside them, in the order of their last values."""
+def draw(axes: Any, panel: Panel) -> None:
+    """Draw the curves of a panel, with a legend in the order of their last values."""
     from matplotlib import colormaps
+
+    curves = panel.curves
+    axes.set_ylabel(panel.label)
+    axes.grid(alpha=0.3)
+    if panel.log:
+        axes.set_yscale("log")
 
     colors = [colormaps["tab20"](number) for number in range(20)]
     # The order of the ends of the lines, so that a reader finds a line by its height.
@@ -96,7 +132,7 @@ def draw(axes: Any, curves: dict[str, list[tuple[int, float]]]) -> None:
             marker=".",
             color=colors[number % len(colors)],
             linewidth=1.2,
-            label=f"{values[-1]:.3f}  {shortened(name)}",
+            label=f"{values[-1]:.4g}  {shortened(name)}",
         )
     axes.legend(
         loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, fontsize=7, frameon=False

@@ -15,7 +15,7 @@ from mtnlg_jax.hardware import flops_per_token
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.metrics import MetricsLog, peak_flops
-from mtnlg_jax.train.plots import OBJECTIVES, losses_of_sources
+from mtnlg_jax.train.plots import OBJECTIVES, losses_of_sources, scores_of_tasks
 from mtnlg_jax.train.schedule import is_masked, loss_name, stage_at
 
 FIGURES = ("causal_loss", "perplexity", "bits_per_byte", "masked_loss")  # of an evaluation
@@ -24,6 +24,16 @@ FIGURES = ("causal_loss", "perplexity", "bits_per_byte", "masked_loss")  # of an
 def short(value: float | None) -> str:
     """Format a loss with three decimals."""
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def scores_text(record: dict) -> str:
+    """Return the scores of a record of tasks as text, without their errors."""
+    # The perplexity of a word is in the billions at first.
+    scores = {
+        name: f"{value:.3g}" if value >= 1000 else short(value)
+        for name, value in scores_of_tasks(record).items()
+    }
+    return ", ".join(f"{name.replace('/', ' ')} {value}" for name, value in scores.items())
 
 
 def wrapped(text: str) -> list[str]:
@@ -48,6 +58,9 @@ class Summary:
     final: dict  # the last evaluation: step, causal_loss, perplexity, bits_per_byte, masked_loss
     best_step: int | None
     skipped: int  # non-finite steps
+    tasks: dict = dataclasses.field(default_factory=dict)  # the last record of train.eval_tasks
+    # Seconds that this process scored tasks, and their share of its time.
+    tasks_cost: tuple[float, float] = (0.0, 0.0)
 
     @property
     def speed(self) -> str:
@@ -77,6 +90,19 @@ class Summary:
                 text = ", ".join(f"{name} {short(loss)}" for name, loss in found.items())
                 lines += wrapped(f"  {objective} loss by source: {text}")
         return lines
+
+    @property
+    def scored(self) -> str:
+        """Return the last scores of tasks as text, and their cost; "" for a run without tasks."""
+        if not self.tasks:
+            return ""
+        seconds, share = self.tasks_cost
+        cost = (
+            f"; scoring tasks took {seconds:,.1f} s, {share:.1%} of this start" if seconds else ""
+        )
+        return "\n".join(
+            wrapped(f"tasks at step {self.tasks['step']}: {scores_text(self.tasks)}{cost}")
+        )
 
     @property
     def kept(self) -> str:
