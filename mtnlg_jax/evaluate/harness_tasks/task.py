@@ -50,7 +50,15 @@ class LocalTask(ConfigurableTask):
         self.model: Any = None  # whose context the requests must fit
         self.cut = 0
         self._where: str | None = None
-        super().__init__(config=given)
+        self.places: list[str] | None = None
+        try:
+            super().__init__(config=given)
+        except (IndexError, TypeError, KeyError) as error:
+            # The base class tries the first row out.
+            if hasattr(self, "multiple_target"):
+                self.places = self.rows[self.evaluated].places or None
+                self.check(1)
+            raise ValueError(f"the task {given.get('task')} cannot be made: {error!r}") from None
         # A function of the task may have left rows out; then their numbers are unknown.
         rows = self.rows[self.evaluated]
         self.places = rows.places if len(rows.rows) == len(self.eval_docs) else None
