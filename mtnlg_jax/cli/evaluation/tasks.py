@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from mtnlg_jax.config import Config
     from mtnlg_jax.evaluate.harness_tasks.task import LocalTask
 
-FOLDER = "evaluations"  # of a run
-
 with command.flag_group("Tasks of lm-evaluation-harness on local files"):
     TASKS = flags.DEFINE_list(
         "tasks",
@@ -36,7 +34,7 @@ with command.flag_group("Tasks of lm-evaluation-harness on local files"):
     )
     LIMIT = flags.DEFINE_integer("limit", None, "score only so many rows of each task")
     OUTPUT = command.define_path(
-        "output", None, f"file of the results; default: {FOLDER}/tasks_STEP.json in the run"
+        "output", None, "file of the results; default: evaluations/tasks_STEP.json in the run"
     )
     LOG_ROWS = command.define_path(
         "log_rows", None, "file of JSON lines with log-likelihoods and prediction of each row"
@@ -112,14 +110,14 @@ def measure(held: dict[str, str]) -> None:
     ``held``: dtype, weights and cache of the model.
     """
     from mtnlg_jax import compat
-    from mtnlg_jax.evaluate.harness_tasks import compare, loading, report, run
+    from mtnlg_jax.evaluate.harness_tasks import compare, loading, report, run, stored
 
     # Rows and files are checked before the model is read.
     tasks = loading.load_tasks(TASKS.value, TASK_DATA.value, INCLUDE_PATH.value, LIMIT.value)
     shots = _shots()
     for count in shots if isinstance(shots, list) else [shots]:
         run.check_shots(tasks, count)
-    other = None if COMPARE.value is None else compare.read_results(COMPARE.value)
+    other = None if COMPARE.value is None else stored.read_results(COMPARE.value)
     compat.configure_cache()
 
     from mtnlg_jax.decode.load import load_decoder
@@ -131,7 +129,8 @@ def measure(held: dict[str, str]) -> None:
         before=lambda config, _: _check_memory(config, held),
         **held,  # type: ignore[arg-type]
     )
-    before = _written(loaded.step)
+    # A run's own file keeps the other tasks of the same step.
+    before = {} if OUTPUT.value is not None else stored.earlier(*_place(loaded.step))
     results = _scored(tasks, decoder, loaded, shots)
     results["held"] = held
     log = report.log_lines(results["tasks"])
@@ -181,32 +180,11 @@ def _print(results: dict[str, Any], differences: list[dict[str, Any]] | None) ->
 def _place(step: int) -> tuple[str, str]:
     """Return folder and name of the file of results."""
     if OUTPUT.value is None:
-        return storage.join(score.WORKDIR.value, FOLDER), f"tasks_{step}.json"
+        from mtnlg_jax.evaluate.harness_tasks import stored
+
+        return stored.place(score.WORKDIR.value, step)
     folder, name = os.path.split(OUTPUT.value)
     return folder or os.curdir, name
-
-
-def _written(step: int) -> dict[str, Any]:
-    """Return the tasks that the run's own file has of this step, which stay in it.
-
-    Raise ValueError if it is not a results file.
-    """
-    from mtnlg_jax.evaluate.harness_tasks import run
-
-    folder, name = _place(step)
-    raw = storage.read_file(folder, name) if OUTPUT.value is None else None
-    if raw is None:
-        return {}
-    try:
-        found = json.loads(raw)
-        if found["kind"] != run.KIND:
-            raise ValueError(found["kind"])
-        return dict(found["tasks"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{storage.join(folder, name)} is not a results file of --tasks; remove it, or name "
-            "another with --output"
-        ) from None
 
 
 def _write(results: dict[str, Any], log: bytes, before: dict[str, Any]) -> None:

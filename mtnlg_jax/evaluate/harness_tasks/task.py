@@ -1,5 +1,6 @@
 """A task of lm-evaluation-harness whose rows come from local files, and whose rows are checked."""
 
+import functools
 import json
 import random
 from collections import Counter
@@ -10,6 +11,7 @@ from typing import Any
 import datasets
 import jinja2
 import pyarrow
+from lm_eval import utils
 from lm_eval.api.task import ConfigurableTask
 
 from mtnlg_jax.evaluate.harness_tasks import files, layouts
@@ -28,6 +30,10 @@ FAILURES = (
     ValueError,
 )
 BUILDERS = ("json", "parquet", "csv")
+
+# The harness compiles a template each time that it renders one, which takes 15 times as long as
+# rendering: 12 s for the 12,637 rows of four tasks.
+utils.env.from_string = functools.lru_cache(256)(utils.env.from_string)  # type: ignore[method-assign]
 
 
 class LocalTask(ConfigurableTask):

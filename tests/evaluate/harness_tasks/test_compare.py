@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from mtnlg_jax.evaluate.harness_tasks import compare, report
+from mtnlg_jax.evaluate.harness_tasks import compare, report, stored
 
 
 def _results(docs, prompt="p", **values):
@@ -78,6 +78,20 @@ def test_a_file_that_is_not_one_of_results(tmp_path, content, message):
     path = tmp_path / "r.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        compare.read_results(str(path))
+        stored.read_results(str(path))
     path.write_text(json.dumps(_results(["a"], acc=[1])))
-    assert compare.read_results(str(path))["kind"] == "tasks"
+    assert stored.read_results(str(path))["kind"] == "tasks"
+
+
+def test_the_file_of_a_run_keeps_earlier_tasks(tmp_path):
+    folder, name = stored.place(str(tmp_path), 5)
+    assert (folder, name) == (f"{tmp_path}/evaluations", "tasks_5.json")
+    assert stored.earlier(folder, name) == {}
+    path = tmp_path / "evaluations/tasks_5.json"
+    path.parent.mkdir()
+    path.write_bytes(report.as_json(_results(["a"], acc=[1])))
+    assert list(stored.earlier(folder, name)) == ["t"]
+    for content in ("{", "[]", '{"kind": "audit", "tasks": {}}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="is not a results file of --tasks; remove it"):
+            stored.earlier(folder, name)
