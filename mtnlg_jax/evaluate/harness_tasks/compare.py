@@ -4,30 +4,8 @@ Accuracies: the exact test of McNemar (1947), a binomial test of the rows on whi
 Other values of rows, such as log-likelihoods: the paired t test (Student 1908).
 """
 
-import json
 from collections import Counter
 from typing import Any
-
-from mtnlg_jax.evaluate.harness_tasks.run import KIND
-
-
-def read_results(path: str) -> dict[str, Any]:
-    """Return a results file. Raise ValueError if it is not one with values of rows."""
-    with open(path, "rb") as file:
-        raw = file.read()
-    try:
-        results = json.loads(raw)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(results, dict) or results.get("kind") != KIND or not results.get("tasks"):
-        raise ValueError(
-            f'{path} is not a results file of --tasks (kind "{KIND}"); give one that '
-            "launch/evaluate.py --tasks wrote"
-        )
-    for name, task in results["tasks"].items():
-        if "docs" not in task.get("per_row", {}):
-            raise ValueError(f"{path} has no values of rows (per_row) for {name}; write it anew")
-    return results
 
 
 def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """From names of tasks to tasks whose rows are read and checked."""
 
 import difflib
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,17 +65,27 @@ def load_tasks(
 def _configs(names: list[str], include_path: str | None) -> dict[str, dict[str, Any]]:
     """Return {task: config} of names, with tags and groups resolved."""
     own = set(own_names())
+    # The harness's 14,000 take many seconds to list: only for a name that is not here.
+    near = {} if include_path is None else _of_folder(include_path)
     found: dict[str, dict[str, Any]] = {}
-    index: dict[str, Any] | None = None
     for name in names:
-        if include_path is None and (name in own or name == PAPER):
-            for each in _of_paper() if name == PAPER else [name]:
-                found[each] = _read(FOLDER / f"{each}.yaml")
-            continue
-        index = _index(include_path) if index is None else index
-        for each in _leaves(name, index):
-            found[each] = _of_entry(each, index)
+        if name == PAPER and name not in near:
+            found |= {each: _read(FOLDER / f"{each}.yaml") for each in _of_paper()}
+        elif name in own and name not in near:
+            found[name] = _read(FOLDER / f"{name}.yaml")
+        else:
+            index = near if _has(name, near) else _of_harness() | near
+            for each in _leaves(name, index):
+                found[each] = _of_entry(each, index)
     return found
+
+
+def _has(name: str, index: dict[str, Any]) -> bool:
+    """Return whether an index knows a name, and all tasks of a tag or a group."""
+    try:
+        return all(each in index for each in _leaves(name, index))
+    except ValueError:
+        return False
 
 
 def _of_paper() -> list[str]:
@@ -101,16 +112,21 @@ def _read(path: Path) -> dict[str, Any]:
     return config
 
 
-def _index(include_path: str | None) -> dict[str, Any]:
-    """Return the harness's index of its own tasks, ours and those of a folder; the last count."""
+@functools.cache
+def _of_harness() -> dict[str, Any]:
+    """Return the harness's index, in which our tasks take the place of its own."""
     from lm_eval.tasks import TaskManager
 
-    folders = [str(FOLDER)]
-    if include_path is not None:
-        if not Path(include_path).is_dir():
-            raise FileNotFoundError(f"--include_path={include_path} is not a folder of YAML files")
-        folders.append(include_path)
-    return TaskManager(include_path=folders).task_index  # type: ignore[arg-type]
+    return TaskManager(include_path=str(FOLDER)).task_index
+
+
+def _of_folder(path: str) -> dict[str, Any]:
+    """Return the index of a folder of YAML files."""
+    from lm_eval.tasks import TaskManager
+
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"--include_path={path} is not a folder of YAML files")
+    return TaskManager(include_path=path, include_defaults=False).task_index
 
 
 def _leaves(name: str, index: dict[str, Any]) -> list[str]:

@@ -7,7 +7,6 @@ from typing import Any
 # A list of plain values, which stands on one line.
 _LIST = re.compile(r"\[\s*\n[^\[\]{}]*?\n\s*\]")
 _HEAD = ("task", "shots", "rows", "metric", "value", "stderr")
-_LEFT = (0, 3)  # columns of words
 
 
 def as_json(results: dict[str, Any]) -> bytes:
@@ -36,14 +35,15 @@ def describe(results: dict[str, Any]) -> str:
         notes += _notes(name, task)
     step = results.get("step")
     head = [] if step is None else [f"checkpoint of step {step}"]
-    return "\n".join([*head, *_table(lines), *notes])
+    return "\n".join([*head, *_table(lines, left=(0, 3)), *notes])
 
 
-def _table(lines: list[tuple[str, ...]]) -> list[str]:
+def _table(lines: list[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
+    """Return the lines of a table. ``left``: columns of words."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if place in _LEFT else cell.rjust(width)
+            cell.ljust(width) if place in left else cell.rjust(width)
             for place, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
@@ -108,4 +108,4 @@ def describe_differences(found: list[dict[str, Any]], path: str) -> str:
             )
         elif not each["same_prompts"]:
             notes.append(f"{each['task']}: the prompts differ, on the same rows")
-    return "\n".join([f"against {path}:", *_table(lines), *dict.fromkeys(notes)])
+    return "\n".join([f"against {path}:", *_table(lines, left=(0, 1, 6)), *dict.fromkeys(notes)])

@@ -1,9 +1,11 @@
 """Run tasks of lm-evaluation-harness with a model, and gather what a results file holds."""
 
 import datetime
+import functools
 import importlib.metadata
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +82,11 @@ def evaluate_tasks(
             task.model = lm if hasattr(lm, "tok_encode") and hasattr(lm, "max_length") else None
         # Standard errors are ours, below: the harness starts processes for them and prints.
         scored = evaluate(
-            lm=lm, task_dict={"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=True
+            lm=_Quiet(lm),  # type: ignore[arg-type]
+            task_dict={"tasks": tasks},  # type: ignore[typeddict-item]
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=True,
         )
         for name, task in tasks.items():
             entry = results.entry(task, scored, bootstraps, log_rows)  # type: ignore[arg-type]
@@ -88,6 +94,23 @@ def evaluate_tasks(
             found[f"{name}@{count}" if several else name] = entry
             task.model = None
     return found
+
+
+class _Quiet:
+    """``lm`` without bars where nobody watches standard error."""
+
+    def __init__(self, lm: Any) -> None:
+        self._lm = lm
+
+    def __getattr__(self, name: str) -> Any:
+        from lm_eval.api.model import TemplateLM
+
+        found = getattr(self._lm, name)
+        asked = name in ("loglikelihood", "loglikelihood_rolling", "generate_until")
+        # Only this class's methods take the argument.
+        if asked and isinstance(self._lm, TemplateLM) and not sys.stderr.isatty():
+            return functools.partial(found, disable_tqdm=True)
+        return found
 
 
 def check_shots(tasks: "dict[str, LocalTask]", count: int | None) -> dict[str, int]:
