@@ -5,6 +5,8 @@ import dataclasses
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -30,6 +32,7 @@ from mtnlg_jax.train.curve import text_curve
 from mtnlg_jax.train.metrics import read_metrics
 
 pytest.importorskip("lm_eval")
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the whale sang over a grey sea and boats came home before dark".split()
 
 
@@ -204,6 +207,44 @@ def test_a_resumed_run_writes_the_same_scores(folders, trained, tmp_path, monkey
     path.write_text("".join(line for line in lines if '"tasks"' not in line))
     loop.train(config, str(tmp_path), False, tasks=RunTasks(config))
     assert scores_in(tmp_path) == scores_in(trained.workdir)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_scores_of_one(folders, trained, tmp_path):
+    config = config_of(folders)
+    settings = {
+        "data.path": config.data.path,
+        "data.sequence_length": config.sequence_length,
+        "model.hidden_size": 32,
+        "model.max_position_embeddings": 128,
+        "optimizer.learning_rate": config.optimizer.learning_rate,
+        "optimizer.warmup_fraction": config.optimizer.warmup_fraction,
+        **{
+            f"train.{name}": getattr(config.train, name)
+            for name in ("steps", "eval_every", "eval_batches", "save_every", "eval_tasks")
+        },
+        "train.eval_tasks_every": 2,
+        "train.eval_tasks_rows": 8,
+        "train.eval_tasks_data": config.train.eval_tasks_data,
+    }
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "launch/cluster/launch.py"),
+            *("--cluster=local", "--nodes=2", "--local_devices=4"),
+            f"--config={ROOT / 'configs/tiny.py'}",
+            f"--workdir={tmp_path}",
+            *(f"--set={key}={value}" for key, value in settings.items()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("tasks at step 4") == 1
+    there = scores_in(tmp_path)
+    for step, here in scores_in(trained.workdir).items():
+        assert there[step] == pytest.approx(here, rel=1e-4)
 
 
 # --- bad input
