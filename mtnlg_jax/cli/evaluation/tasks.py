@@ -113,7 +113,7 @@ def measure(held: dict[str, str]) -> None:
     from mtnlg_jax.evaluate.harness_tasks import compare, loading, report, run, stored
 
     # Rows and files are checked before the model is read.
-    tasks = loading.load_tasks(TASKS.value, TASK_DATA.value, INCLUDE_PATH.value, LIMIT.value)
+    tasks = loading.load_tasks(TASKS.value or [], TASK_DATA.value, INCLUDE_PATH.value, LIMIT.value)
     shots = _shots()
     for count in shots if isinstance(shots, list) else [shots]:
         run.check_shots(tasks, count)
@@ -127,10 +127,11 @@ def measure(held: dict[str, str]) -> None:
         score.CHECKPOINT.value,
         mesh=devices.mesh(),
         before=lambda config, _: _check_memory(config, held),
-        **held,  # type: ignore[arg-type]
+        **held,
     )
     # A run's own file keeps the other tasks of the same step.
-    before = {} if OUTPUT.value is not None else stored.earlier(*_place(loaded.step))
+    own = OUTPUT.value is None and devices.on_first_process()
+    before = stored.earlier(*_place(loaded.step)) if own else {}
     results = _scored(tasks, decoder, loaded, shots)
     results["held"] = held
     log = report.log_lines(results["tasks"])

@@ -198,9 +198,12 @@ def _table(text: str, delimiter: str) -> Iterator[dict[str, Any]]:
     import csv
     import io
 
-    # Tables between tabs have no quoting: HANS has sentences with single quotation marks.
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-    yield from csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
+    file = io.StringIO(text, newline="")
+    if delimiter == ",":
+        yield from csv.DictReader(file)
+    else:
+        # Tables between tabs have no quoting: HANS has sentences with single quotation marks.
+        yield from csv.DictReader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 # A list of plain values, which stands on one line.
@@ -38,7 +39,7 @@ def describe(results: dict[str, Any]) -> str:
     return "\n".join([*head, *_table(lines, left=(0, 3)), *notes])
 
 
-def _table(lines: list[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
+def _table(lines: Sequence[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
     """Return the lines of a table. ``left``: columns of words."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [

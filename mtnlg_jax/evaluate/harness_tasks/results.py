@@ -130,7 +130,7 @@ def bootstrap_perplexity(values: Sequence[float], count: int) -> float:
     for seed in range(count // chunk):
         key = random.Random(seed).getstate()[1]
         draws = np.random.RandomState()
-        draws.set_state(("MT19937", np.array(key[:-1], np.uint32), key[-1]))
+        draws.set_state(("MT19937", np.array(key[:-1], np.uint32), key[-1], 0, 0.0))
         left = chunk
         while left:
             now = min(left, max(1, _DRAWS // size))

@@ -82,14 +82,14 @@ def evaluate_tasks(
             task.model = lm if hasattr(lm, "tok_encode") and hasattr(lm, "max_length") else None
         # Standard errors are ours, below: the harness starts processes for them and prints.
         scored = evaluate(
-            lm=_Quiet(lm),  # type: ignore[arg-type]
-            task_dict={"tasks": tasks},  # type: ignore[typeddict-item]
+            lm=_Quiet(lm),
+            task_dict={"tasks": tasks},
             limit=limit,
             bootstrap_iters=0,
             log_samples=True,
         )
         for name, task in tasks.items():
-            entry = results.entry(task, scored, bootstraps, log_rows)  # type: ignore[arg-type]
+            entry = results.entry(task, scored, bootstraps, log_rows)
             entry |= {"seed": seed, "limit": limit}
             found[f"{name}@{count}" if several else name] = entry
             task.model = None

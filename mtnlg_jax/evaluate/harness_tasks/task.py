@@ -33,7 +33,7 @@ BUILDERS = ("json", "parquet", "csv")
 
 # The harness compiles a template each time that it renders one, which takes 15 times as long as
 # rendering: 12 s for the 12,637 rows of four tasks.
-utils.env.from_string = functools.lru_cache(256)(utils.env.from_string)  # type: ignore[method-assign]
+utils.env.from_string = functools.lru_cache(256)(utils.env.from_string)
 
 
 class LocalTask(ConfigurableTask):
@@ -43,6 +43,9 @@ class LocalTask(ConfigurableTask):
     the rows is ``metadata["rows"]`` (`layouts.FORMS`). Without a training split, few-shot examples
     come from the evaluated rows. An example that equals the row in question is never shown to it.
     """
+
+    sampler: Any
+    dataset: Any
 
     def __init__(
         self,
@@ -170,7 +173,7 @@ class LocalTask(ConfigurableTask):
     def _split(self, name: str | None) -> Any:
         """Return the documents of a split. Raise ValueError with row and field if they cannot be
         made."""
-        part = self.dataset[name]
+        part = self.dataset[str(name)]
         if self.config.process_docs is None:
             return part
         try:
@@ -285,7 +288,7 @@ class LocalTask(ConfigurableTask):
                 f"{place} has {have}; ask for {max(0, have - need + count)} or fewer"
             )
 
-    def build_all_requests(  # type: ignore[override]
+    def build_all_requests(
         self,
         *,
         limit: int | None = None,
@@ -360,7 +363,7 @@ class LocalTask(ConfigurableTask):
                 cut.add(instance.doc_id)
         return len(cut)
 
-    def fewshot_context(self, doc: Any, num_fewshot: int, **kwargs: Any) -> Any:  # type: ignore[override]
+    def fewshot_context(self, doc: Any, num_fewshot: int, **kwargs: Any) -> Any:
         self.sampler.asked = doc
         return super().fewshot_context(doc, num_fewshot=num_fewshot, **kwargs)
 
