@@ -24,7 +24,7 @@ from mtnlg_jax.train import lora
 from mtnlg_jax.train.state import init_state
 
 PLAIN = ModelConfig(
-    num_layers=4,
+    num_layers=6,
     hidden_size=64,
     num_attention_heads=8,
     vocab_size=120,
@@ -64,7 +64,7 @@ def scores_of(decoder):
 MESHES = {
     "data": MeshConfig(data=8),
     "zero 3": MeshConfig(data=2, tensor=4, zero=3),
-    "pipe": MeshConfig(pipe=2, data=2, tensor=2, virtual_pipe=2),
+    "pipe": MeshConfig(pipe=2, data=2, tensor=2, virtual_pipe=3),
     "pipe and context": MeshConfig(pipe=2, context=2, data=2),
 }
 

@@ -57,10 +57,11 @@ def config_of(blend, batch=8, eval_batches=2, mesh=None, **train):
     )
 
 
-def evaluated(config):
+def evaluated(config, change=lambda data: None):
     """Return (result, labels of all causal tokens that the mean counts, data) where token t costs
-    t / 10 nats."""
+    t / 10 nats. ``change`` may change the data."""
     data = loop.load_data(config)
+    change(data)
     mesh = make_mesh(config.mesh)
     evaluate = loop.Evaluator(loop.resolve(config, data.tokenizer), mesh, data)
     evaluate._steps = dict.fromkeys(evaluate.objectives, costing)
@@ -152,6 +153,29 @@ def test_the_loss_of_each_source_is_that_of_a_run_on_it_alone(folders):
     for name in ("causal_loss", "masked_loss"):
         for one, source in zip(alone, ("long", "short"), strict=True):
             assert both[f"{name}/{source}"] == pytest.approx(one[name], rel=1e-12)
+
+
+def test_a_source_that_the_mean_leaves_out_has_a_row_of_its_own(folders):
+    def record(data):
+        ((tokens, _),) = data.held_out
+        # Its last tokens, of which the 16 rows of the mean hold none.
+        tokens.meta["sources"] = [["most", len(tokens) - LENGTH], ["rare", LENGTH]]
+
+    config = config_of(((folders[0], 1.0),), eval_batches=1)
+    plain, _, _ = evaluated(config)
+    found, _, data = evaluated(config, record)
+    names = {"causal_loss/most", "causal_loss/rare", "masked_loss/most", "masked_loss/rare"}
+    assert set(found) - set(plain) == names
+    assert {name: found[name] for name in plain} == plain
+    ((tokens, _),) = data.held_out
+    size = len(tokens)
+    # The row that holds the middle of the rare source; what it has of the other one counts there.
+    start = (size - LENGTH // 2 - 1) // LENGTH * LENGTH
+    row = tokens.read(start, min(start + LENGTH + 1, size)).astype(int)
+    offsets = tokens.document_offsets
+    predicted = [i for i in range(1, len(row)) if start + i not in offsets]
+    rare = [row[i] / 10 for i in predicted if start + i >= size - LENGTH]
+    assert rare and found["causal_loss/rare"] == pytest.approx(np.mean(rare))
 
 
 def test_losses_of_sources_come_from_the_rows_of_a_batch(folders):
