@@ -11,20 +11,22 @@ perplexities come from fewer resamples.
 """
 
 import contextlib
+import functools
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 from jax.sharding import Mesh
 
-from mtnlg_jax.config import Config
+from mtnlg_jax.config import Config, TrainConfig
 from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.decode.from_training import FromTraining
 from mtnlg_jax.evaluate.harness_tasks import offline
 from mtnlg_jax.evaluate.harness_tasks.loading import load_tasks
 from mtnlg_jax.evaluate.harness_tasks.run import check_shots, evaluate_tasks
+from mtnlg_jax.train import processes
 
 if TYPE_CHECKING:
     from mtnlg_jax.evaluate.harness_tasks.task import LocalTask
@@ -67,12 +69,15 @@ class RunTasks:
 
 
 class TaskScorer:
-    """Score the parameters of a run; the arguments are those of `RunTasks.start`."""
+    """Score the parameters of a run: a function of ``state.params``, from `RunTasks.start`.
+
+    ``train`` is that of the run; ``make_decoder`` makes decoders of its parameters.
+    """
 
     def __init__(
         self,
         tasks: "dict[str, LocalTask]",
-        train: Any,
+        train: TrainConfig,
         make_decoder: FromTraining,
         tokenizer: Tokenizer,
     ):
@@ -85,12 +90,15 @@ class TaskScorer:
         self._lm: MtnlgLM | None = None
         self._class = MtnlgLM
         for task in tasks.values():
-            task.build_all_requests = _Once(task)  # type: ignore[method-assign]
+            # That of the class: another run may have been started with these tasks.
+            build = functools.partial(type(task).build_all_requests, task)
+            task.build_all_requests = _Once(task, build)  # type: ignore[method-assign]
         # A model without parameters knows its context and its tokens: every prompt is formed now,
         # and an error in a row does not wait for the first evaluation.
         hollow = self._class.of(make_decoder.hollow, tokenizer, block_tokens=1)
         for name, entry in self._evaluate(_Formed(hollow)).items():
-            if cut := entry["cut_prompts"]:
+            cut = entry["cut_prompts"]
+            if cut and processes.is_first():
                 logger.warning(
                     "train.eval_tasks: %d of the %d prompts of %s are longer than the model reads "
                     "(%d tokens); their beginnings are cut off",
@@ -139,9 +147,9 @@ class TaskScorer:
 class _Once:
     """Form the requests of a task at the first call; at others empty them of their answers."""
 
-    def __init__(self, task: "LocalTask"):
+    def __init__(self, task: "LocalTask", build: Callable[..., None]):
         self._task = task
-        self._build = task.build_all_requests
+        self._build = build
         self._formed = False
 
     def __call__(self, **how: Any) -> None:
