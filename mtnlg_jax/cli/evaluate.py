@@ -1,4 +1,4 @@
-"""Score a text with a trained model: loss, perplexity, bits per byte.
+"""Score a text with a trained model (loss, perplexity, bits per byte), or tasks.
 
     python launch/evaluate.py --workdir=RUN --input=FILE
     python launch/evaluate.py --workdir=RUN --input=FOLDER --text_key='body|text' --on_error=skip
@@ -25,6 +25,12 @@ score (docs/measuring_text.md), beside real texts and with plots:
     python launch/evaluate.py --workdir=RUN --input=FILE --longtext --references=REAL \\
         --plots=FOLDER --needle
 
+Score tasks of lm-evaluation-harness on local files, in place of a text (docs/evaluation.md):
+
+    python launch/evaluate.py --workdir=RUN --tasks=lambada_openai,hellaswag --task_data=FOLDER
+    python launch/evaluate.py --workdir=RUN --tasks=hans --task_data=FOLDER --num_fewshot=0,1,4 \\
+        --plots=FOLDER --compare=RESULTS.json
+
 Split the model over devices, also of several processes (launch/cluster/launch.py
 --script=evaluate):
 
@@ -37,12 +43,13 @@ from absl import flags
 
 from mtnlg_jax import command
 from mtnlg_jax.cli.decoding import devices, fitting
-from mtnlg_jax.cli.evaluation import longtext, score
+from mtnlg_jax.cli.evaluation import longtext, score, tasks
 
 flags.adopt_module_key_flags(devices)
 flags.adopt_module_key_flags(fitting)
 flags.adopt_module_key_flags(score)
 flags.adopt_module_key_flags(longtext)
+flags.adopt_module_key_flags(tasks)
 
 
 def main() -> None:
@@ -62,13 +69,16 @@ def main() -> None:
             f"--adapt={score.ADAPT.value} trains weights, and --{name}={value} rounds them; "
             "leave one of the two out"
         )
-    longtext.check()
+    longtext.check(shared=tasks.TASKS.value is not None)
+    tasks.check()
     for entry in score.SET.value:
         if not devices.of_mesh(entry):
             raise ValueError(f"--set={entry} is not of the mesh; write --set=mesh.KEY=VALUE")
     registry.adapt(score.WORKDIR.value, score.ADAPTER.value, score.CHECKPOINT.value)
-    with devices.started(score.SET.value, longtext.check_folder):
-        if longtext.LONGTEXT.value:
+    with devices.started(score.SET.value, tasks.check_files):
+        if tasks.TASKS.value is not None:
+            tasks.measure(rounded)
+        elif longtext.LONGTEXT.value:
             longtext.measure(rounded)
         else:
             score.evaluate(rounded)

@@ -39,6 +39,8 @@ from mtnlg_jax import command
 from mtnlg_jax.cli.processes import several_processes
 
 if TYPE_CHECKING:
+    from mtnlg_jax.config import Config
+    from mtnlg_jax.evaluate.in_training import RunTasks
     from mtnlg_jax.train.reporter import Summary
 
 with command.flag_group("The run"):
@@ -70,19 +72,34 @@ def main() -> None:
         xla_flags.set_flags(config.mesh, config.train.recompute)
     with processes.exit_on_failure():
         summary = train(
-            config, _WORKDIR.value, _PROGRESS.value, functools.partial(print, flush=True)
+            config,
+            _WORKDIR.value,
+            _PROGRESS.value,
+            functools.partial(print, flush=True),
+            tasks=_tasks_of(config),
         )
         if processes.is_first():
             print(describe(summary))
 
 
+def _tasks_of(config: "Config") -> "RunTasks | None":
+    """Return what scores train.eval_tasks; its rows are read here, before any work."""
+    if not config.train.eval_tasks:
+        return None
+    # The harness takes seconds to import.
+    from mtnlg_jax.evaluate.in_training import RunTasks
+
+    return RunTasks(config)
+
+
 def describe(summary: "Summary") -> str:
     """Return the text that is printed at the end of a run."""
     run = shlex.quote(summary.workdir)
+    results = "\n".join(filter(None, [summary.held_out, summary.scored]))
     return f"""
 {summary.parameters:,} parameters, {summary.steps:,} steps, {summary.tokens:,} tokens, \
 {summary.speed}, {summary.skipped} steps skipped
-{summary.held_out}
+{results}
   {run}/checkpoints    {summary.kept}
   {run}/metrics.jsonl  every step
   {run}/loss.png       the curve; also in TensorBoard: pip install tensorboard, then

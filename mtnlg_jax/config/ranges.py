@@ -16,6 +16,7 @@ class Range(NamedTuple):
 Count = Annotated[int, Range(1)]
 OptionalCount = Annotated[int | None, Range(1)]
 CountFrom0 = Annotated[int, Range(0)]
+OptionalCountFrom0 = Annotated[int | None, Range(0)]
 AxisSize = Annotated[int, Range(1, 2**20)]
 Share = Annotated[float, Range(0, 1)]
 ShareBelow1 = Annotated[float, Range(0, 1, high_open=True)]

@@ -83,6 +83,15 @@ _RULES: Rules = (
         "optimizer.decay_fraction={c.optimizer.decay_fraction} is outside "
         "({c.optimizer.warmup_fraction}, inf): the decay ends after optimizer.warmup_fraction",
     ),
+    (
+        lambda c: c.train.eval_tasks and all(stage.masked == 1 for stage in c.train.stages),
+        "train.eval_tasks={c.train.eval_tasks} scores texts that go on, and no stage of this run "
+        "learns to continue a text (masked=1 in all); add a causal stage, or leave it out",
+    ),
+    (
+        lambda c: len(set(c.train.eval_tasks)) < len(c.train.eval_tasks),
+        "train.eval_tasks={c.train.eval_tasks} names a task twice; name each once",
+    ),
     (lambda c: not c.train.stages, "train.stages is empty; give at least one StageConfig"),
     (
         lambda c: c.mesh.context > 1 and c.mesh.context_mode == "ring" and _ring_cannot(c.model),
@@ -136,6 +145,10 @@ def validate(config: Config) -> None:
     for stage in config.train.stages:
         _check_stage(stage, config)
     _check_lora(config)
+    if not config.train.eval_tasks:
+        why = "is for tasks, and train.eval_tasks names none; name some"
+        keys = ("eval_tasks_every", "eval_tasks_rows", "eval_tasks_fewshot", "eval_tasks_data")
+        refuse_changed(config.train, keys, why, "train.")
     data = 1 if config.mesh.data == -1 else config.mesh.data
     validate_batch(config, data * config.mesh.expert)
 

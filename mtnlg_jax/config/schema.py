@@ -20,6 +20,7 @@ from mtnlg_jax.config.ranges import (
     Finite,
     NotNegative,
     OptionalCount,
+    OptionalCountFrom0,
     OptionalPositive,
     Positive,
     Range,
@@ -206,6 +207,17 @@ class TrainConfig:
     # Batches of an evaluation, each of 16 held-out sequences whatever the batch of the run. They
     # are spread over the held-out text.
     eval_batches: Count = 16
+    # Tasks of lm-evaluation-harness to score while the run trains: names of launch/evaluate.py
+    # --tasks. Empty: none.
+    eval_tasks: tuple[str, ...] = ()
+    # Steps from one evaluation of the tasks to the next. 0: at the end only.
+    eval_tasks_every: CountFrom0 = 400
+    # Rows of each task, the first ones. None: all.
+    eval_tasks_rows: OptionalCount = 100
+    # Examples ahead of each question. None: as many as each task asks for.
+    eval_tasks_fewshot: OptionalCountFrom0 = None
+    # Folder of the rows of the tasks.
+    eval_tasks_data: str = field(default="", metadata=PATH)
     # Steps from one checkpoint to the next. 0: save at the end only.
     save_every: CountFrom0 = 200
     # Newest checkpoints to keep. With 2 a damaged one still leaves a way back.

@@ -337,11 +337,14 @@ class HeldOut:
 
     def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Return rows as `Batches.rows` does, by their numbers [n] from 0 to len - 1."""
-        shape = (len(numbers), self._length + 1)
-        rows = _empty(self.sources, shape)
-        for index in np.unique(self.source[numbers]):
-            chosen = self.source[numbers] == index
-            windows = heldout_rows(self.sources[index], self._length, self.window[numbers][chosen])
+        return self.read(self.source[numbers], self.window[numbers])
+
+    def read(self, source: np.ndarray, window: np.ndarray) -> dict[str, np.ndarray]:
+        """Return rows as `Batches.rows` does, by source [n] and number within the source [n]."""
+        rows = _empty(self.sources, (len(source), self._length + 1))
+        for index in np.unique(source):
+            chosen = source == index
+            windows = heldout_rows(self.sources[index], self._length, window[chosen])
             for name, values in windows.items():
                 rows[name][chosen] = values
         return rows

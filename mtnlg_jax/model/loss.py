@@ -6,7 +6,7 @@ never allocates [B, S, V].
 """
 
 # Shapes: B tokens (all rows and positions of a micro-batch), D width, V vocabulary, C width of the
-# teacher
+# teacher, G groups of tokens
 
 import dataclasses
 import functools
@@ -48,6 +48,43 @@ def cross_entropy(
     chunk = min(chunk, x_BD.shape[0])
     x_BD, labels_B, weights_B = _padded(chunk, x_BD, labels_B, weights_B)
     return _summed(chunk, smoothing, sparse, *vary((x_BD, head, labels_B, weights_B)))
+
+
+def cross_entropy_by_group(
+    x_BD: jax.Array,
+    head: Head,
+    labels_B: jax.Array,
+    weights_B: jax.Array,
+    groups_B: jax.Array,
+    groups: int,
+    chunk: int = 1024,
+    sparse: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Return `cross_entropy`, and the sum over the tokens of each group of -log p(label), float32
+    (G,); not for training.
+
+    Args:
+      groups_B: int32 from 0 to ``groups`` - 1. In the sums of groups every token with a weight
+        above 0 counts once, whatever its weight.
+    """
+    arrays: tuple[jax.Array, ...] = (x_BD, labels_B, weights_B, groups_B)
+    if sparse:
+        order = jnp.argsort(weights_B == 0)
+        arrays = tuple(each[order] for each in arrays)
+    chunk = min(chunk, x_BD.shape[0])
+    head, arrays = vary((head, _padded(chunk, *arrays)))
+
+    def one(carry, part):
+        total, sums_G = carry
+        x, labels, weights, numbers = part
+        losses = _chunk_losses(x, head, labels)[0]
+        mine_GB = (numbers[None] == jnp.arange(groups)[:, None]) & (weights > 0)[None]
+        sums_G = sums_G + jnp.where(mine_GB, losses[None], 0.0).sum(1)
+        # The same sum as in `cross_entropy`, to the last bit.
+        return (total + jnp.dot(losses, weights), sums_G), None
+
+    start = vary((jnp.float32(0), jnp.zeros(groups, jnp.float32)))
+    return _over_chunks(one, start, chunk, sparse, *arrays)[0]
 
 
 def token_log_probs(
@@ -121,12 +158,13 @@ def _losses_of(
     return jnp.log(total) + top - target, (exped, total, hits)
 
 
-def _over_chunks(one, start, chunk, sparse, x_BD, labels_B, weights_B):
+def _over_chunks(one, start, chunk, sparse, x_BD, labels_B, weights_B, *more):
     """Apply ``one`` to the chunks like `lax.scan`: return (the last carry, the outputs, of tokens).
+    ``more``: further arrays with an entry for each token.
 
     ``sparse``: chunks at the end are left out if all their weights are 0; their outputs are 0.
     """
-    parts = _chunks(chunk, x_BD, labels_B, weights_B)
+    parts = _chunks(chunk, x_BD, labels_B, weights_B, *more)
     if not sparse:
         return lax.scan(one, start, parts)
     used = jnp.count_nonzero(weights_B.reshape(-1, chunk).any(1))

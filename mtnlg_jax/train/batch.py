@@ -71,12 +71,13 @@ def put_batch(
     shape: tuple[int, int, int],
     mesh: Mesh,
     model: ModelConfig | None = None,
+    more: tuple[str, ...] = (),
 ) -> dict[str, jax.Array]:
     """Return the global batch (M, B, S) as sharded arrays, S in the zigzag order of ``context``.
 
     ``rows_of(numbers)`` returns a dict of (n, S) arrays for global row numbers m * B + b, and for
     a ``model`` with a prefix "prefix" (n, *model.prefix.shape). It is called only for rows that
-    this process holds.
+    this process holds. ``more``: names of further int32 arrays (n, S).
     """
     model = ModelConfig() if model is None else model
     micro, rows, length = shape
@@ -108,4 +109,4 @@ def put_batch(
         size, spec = layout_of(name, shape, model)
         return jax.make_array_from_callback(size, NamedSharding(mesh, spec), shard)
 
-    return {name: array(name) for name in batch_keys(model)}
+    return {name: array(name) for name in (*batch_keys(model), *more)}

@@ -1,15 +1,18 @@
-"""Plot the training loss as text, for terminals without pictures."""
+"""Plot the training loss as text, for terminals without pictures, above what became of the scores
+of tasks and of the held-out loss of each source."""
 
 import math
 
 from mtnlg_jax.train.metrics import read_metrics, training_loss
+from mtnlg_jax.train.plots import panels_of
 
 _MARKS = {"masked": "o", "causal": "*"}
 
 
 def text_curve(metrics_path: str, width: int = 72, height: int = 8) -> str:
     """Return the training loss as a text plot, masked and causal steps with their own marks."""
-    steps = [r for r in read_metrics(metrics_path) if r["kind"] == "train"]
+    records = read_metrics(metrics_path)
+    steps = [r for r in records if r["kind"] == "train"]
     width = min(width, len(steps))
     # A column is the mean of its steps, so that no step is left out of the picture.
     columns = [steps[i * len(steps) // width : (i + 1) * len(steps) // width] for i in range(width)]
@@ -33,7 +36,17 @@ def text_curve(metrics_path: str, width: int = 72, height: int = 8) -> str:
     ]
     axis = " " * 7 + "+" + "-" * width
     legend = f"        loss over {len(steps):,} steps (* causal, o masked)"
-    return "\n".join([*lines, axis, legend])
+    return "\n".join([*lines, axis, legend, *_changes(records)])
+
+
+def _changes(records: list[dict]) -> list[str]:
+    """Return a line with the first and the last value of every curve below the losses."""
+    curves = {name: points for panel in panels_of(records) for name, points in panel.curves.items()}
+    width = max(map(len, curves), default=0)
+    return [
+        f"        {name:{width}} {points[0][1]:10.4g} -> {points[-1][1]:.4g}"
+        for name, points in curves.items()
+    ]
 
 
 def _mean_loss(records: list[dict], objective: str) -> float | None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mtnlg_jax.config import Config, to_json
+from mtnlg_jax.config import Config, TrainConfig, to_json
 from mtnlg_jax.parallel.mesh import described, plan_table
 from mtnlg_jax.storage import write_file
 from mtnlg_jax.train import lora
@@ -28,8 +28,8 @@ environment.json  date, command, commit, versions, devices and compiler flags of
 tokenizer/        the tokenizer of the data and of generated text
 huggingface/      of a run that came from a model of another format: its config.json, tokenizer and
                   settings of generation, which launch/convert.py writes again
-metrics.jsonl     a line for each step (kind train) and each evaluation (kind eval); loss in nats
-                  per token
+metrics.jsonl     a line for each step (kind train), each evaluation (kind eval) and each evaluation
+                  of tasks (kind tasks); loss in nats per token
 loss.png          the curves;  tensorboard/ the same for TensorBoard (pip install tensorboard)
 stacks-N.txt      stacks of process N when it no longer made progress; .lock-N: the process that
                   writes here
@@ -79,6 +79,7 @@ def at_start(
         f"  tokens  {batch} x {length} = {batch * length:,} a step{ramp}; "
         f"{total:,} by the end{epochs}",
         f"  data    {sources}",
+        *_tasks(train),
         f"  writes  {folder}: checkpoints/ {_every(train.save_every)}, metrics.jsonl, loss.png; "
         "README.txt there explains the files",
     ]
@@ -105,6 +106,14 @@ def _adapters(config: Config, mesh: Mesh) -> list[str]:
         f"{', '.join(optimizer.lora_targets)}; the {optimizer.lora_base} base takes "
         f"{base / 2**20:,.1f} MiB a device{compared}"
     ]
+
+
+def _tasks(train: TrainConfig) -> list[str]:
+    """Return the line of tasks that are scored while the run trains, if there are any."""
+    if not train.eval_tasks:
+        return []
+    rows = "all rows" if train.eval_tasks_rows is None else f"{train.eval_tasks_rows:,} rows each"
+    return [f"  tasks   {', '.join(train.eval_tasks)}: {rows}, {_every(train.eval_tasks_every)}"]
 
 
 def _beginning(config: Config, first: int, restored: bool) -> str:

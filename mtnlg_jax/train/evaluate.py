@@ -5,8 +5,10 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,10 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import Config
 from mtnlg_jax.data.batches import HeldOut
+from mtnlg_jax.data.held_out_sources import HeldOutSources
 from mtnlg_jax.model.params import split_params
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, vary
-from mtnlg_jax.parallel.mesh import ROWS, specs_of
+from mtnlg_jax.parallel.mesh import BATCH, ROWS, specs_of
 from mtnlg_jax.parallel.pipeline import circular, to_rounds
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.batch import micro_batch_shape, put_batch
@@ -37,7 +40,8 @@ class Evaluator:
     """Held-out loss, perplexity and bits per byte of the objectives that the run trains.
 
     The rows are always the same (`HeldOut`). The loss of several sources is the mean of their
-    losses, weighted by their shares of the run's samples.
+    losses, weighted by their shares of the run's samples. Where there are several, each source's
+    own loss is a result as well.
     """
 
     def __init__(self, config: Config, mesh: Mesh, data: Data):
@@ -54,16 +58,32 @@ class Evaluator:
         self.held_out = HeldOut(
             data.held_out, config.sequence_length, EVALUATION_ROWS * config.train.eval_batches
         )
+        self.sources = HeldOutSources(self.held_out, config.sequence_length)
+        # Behind the rows of the mean come those of sources that it would leave out.
+        self._part = np.concatenate([self.held_out.source, self.sources.part])
+        self._window = np.concatenate([self.held_out.window, self.sources.window])
         self._steps = {
-            name: make_eval(config, mesh, causal=name == "causal", sparse=data.has_answers)
+            name: make_eval(
+                config,
+                mesh,
+                causal=name == "causal",
+                sparse=data.has_answers,
+                sources=len(self.sources) if self._several else 0,
+            )
             for name in self.objectives
         }
+
+    @property
+    def _several(self) -> bool:
+        # The loss of a single source is the mean.
+        return len(self.sources) > 1
 
     def __call__(self, params: nnx.State) -> dict[str, float]:
         """Evaluate ``state.params``; {} when nothing is held out.
 
         The keys are causal_loss, perplexity, bits_per_byte and masked_loss, and the size of the
-        causal text: scored_tokens and scored_bytes.
+        causal text: scored_tokens and scored_bytes. With several sources also causal_loss/NAME and
+        masked_loss/NAME of each, the mean over its predicted tokens.
         """
         result: dict[str, float] = {}
         # Once for all batches and objectives.
@@ -71,16 +91,24 @@ class Evaluator:
         for name in self.objectives if len(self.held_out) else ():
             total = 0.0
             weight = 0.0
-            for batch in self._batches(name):
-                nats, tokens = self._steps[name](params, batch)
+            nats_of_sources = np.zeros(len(self.sources))
+            for batch, in_mean in self._batches(name):
+                nats, tokens, *by_source = self._steps[name](params, batch)
                 # Added on the host in float64: float32 would lose digits over many batches.
-                total += float(nats)
-                weight += float(tokens)
+                if in_mean:
+                    total += float(nats)
+                    weight += float(tokens)
+                for each in by_source:
+                    nats_of_sources += np.asarray(each, np.float64)
             # No row has a token to predict, for example no answer.
             if not weight:
                 continue
             loss = total / weight
             result[f"{name}_loss"] = loss
+            if self._several:
+                tokens_of = self._counts[name].of_sources
+                each = zip(self.sources.names, nats_of_sources, tokens_of, strict=True)
+                result |= {f"{name}_loss/{one}": float(nats / n) for one, nats, n in each if n}
             if name == "causal":
                 result["perplexity"] = math.exp(min(loss, 700.0))  # exp(710) overflows
                 if size := self._sizes["bytes"]:
@@ -92,15 +120,21 @@ class Evaluator:
         return result
 
     def _rows(self, objective: str, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        raw = self.held_out.rows(numbers)
+        part = self._part[numbers]
+        window = self._window[numbers]
+        raw = self.held_out.read(part, window)
+        # Of every token that is predicted: causal labels are one token ahead.
+        source = self.sources.of_rows(part, window) if self._several else None
         if objective == "causal":
-            return with_prefix(causal_batch(raw), raw, self.config.model.prefix)
-        # Seed 0 and the window's number, not train.seed: the same masks in every run and at every
-        # step.
-        made = masked_batch(
-            raw, self.held_out.window[numbers], 0, self.config.data.masking, self.data.tokenizer
-        )
-        return with_prefix(made, raw, self.config.model.prefix)
+            made = causal_batch(raw)
+            source = None if source is None else source[:, 1:]
+        else:
+            # Seed 0 and the window's number, not train.seed: the same masks in every run and at
+            # every step.
+            made = masked_batch(raw, window, 0, self.config.data.masking, self.data.tokenizer)
+            source = None if source is None else source[:, :-1]
+        made = with_prefix(made, raw, self.config.model.prefix)
+        return made if source is None else made | {"source": source}
 
     @functools.cached_property
     def _scales(self) -> dict[str, np.ndarray]:
@@ -111,7 +145,7 @@ class Evaluator:
         scales = {}
         for name in self.objectives:
             tokens = np.zeros(len(self.held_out.sources))
-            np.add.at(tokens, self.held_out.source, self._counts[name][0])
+            np.add.at(tokens, self.held_out.source, self._counts[name].tokens)
             # A source without predicted tokens cannot count; the others take over its share.
             shares = np.where(tokens > 0, self.held_out.shares, 0.0)
             # The weights of all tokens add up to their number, so that a loss stays in nats per
@@ -120,28 +154,35 @@ class Evaluator:
         return scales
 
     @functools.cached_property
-    def _counts(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """By objective: the number of predicted tokens of each row, and the bytes of their text."""
+    def _counts(self) -> "dict[str, Counts]":
+        """By objective: sizes of what is predicted."""
         tokenizer = self.data.tokenizer
         counts = {}
         sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
         for name in self.objectives:
             tokens = []
             sizes_of_text = []
+            of_sources = np.zeros(len(self.sources), np.int64)
             # 64 rows at a time, since the held-out text may be large.
-            for first in range(0, len(self.held_out), 64):
-                rows = self._rows(name, np.arange(first, min(first + 64, len(self.held_out))))
+            for first in range(0, len(self._part), 64):
+                rows = self._rows(name, np.arange(first, min(first + 64, len(self._part))))
                 scored = rows["weights"] > 0
+                if self._several:
+                    of_sources += np.bincount(rows["source"][scored], minlength=len(of_sources))
                 tokens.append(scored.sum(1))
                 # Bytes of the labels: the text that is predicted, not the one that is read.
                 sizes_of_text.append((sizes[rows["labels"]] * scored).sum(1))
-            counts[name] = np.concatenate(tokens), np.concatenate(sizes_of_text)
+            counts[name] = Counts(
+                np.concatenate(tokens)[: len(self.held_out)],
+                np.concatenate(sizes_of_text)[: len(self.held_out)],
+                of_sources,
+            )
         return counts
 
     @functools.cached_property
     def _sizes(self) -> dict[str, float]:
         """Sizes of causal rows: mean bytes per token, sources by share; all tokens and bytes."""
-        tokens, sizes = self._counts["causal"]
+        tokens, sizes, _ = self._counts["causal"]
         scales = self._scales["causal"][self.held_out.source]
         return {
             "bytes": float((sizes * scales).sum() / max(tokens.sum(), 1)),
@@ -149,30 +190,48 @@ class Evaluator:
             "all_bytes": int(sizes.sum()),
         }
 
-    def _batches(self, objective: str) -> Iterator[dict[str, jax.Array]]:
-        """Yield batches of the held-out rows; missing rows of the last one have weight 0."""
+    def _batches(self, objective: str) -> Iterator[tuple[dict[str, jax.Array], bool]]:
+        """Yield (batch of held-out rows, whether the mean counts it).
+
+        Missing rows of a last batch have weight 0.
+        """
         pipe = self.mesh.shape["pipe"]
         micro_batches, rows = micro_batch_shape(self.config, self.mesh)
         # No more micro-batches than there are rows for, in groups of the size of the pipeline.
         micro_batches = -(-min(micro_batches, -(-len(self.held_out) // rows)) // pipe) * pipe
-        scales = self._scales[objective][self.held_out.source].astype(np.float32)
-        for first in range(0, len(self.held_out), micro_batches * rows):
+        scales = self._scales[objective][self._part].astype(np.float32)
+        shape = (micro_batches, rows, self.config.sequence_length)
+        more = ("source",) if self._several else ()
+        ends = (0, len(self.held_out), len(self._part))
+        for begin, end in itertools.pairwise(ends):
+            for first in range(begin, end, micro_batches * rows):
 
-            def rows_of(numbers, first=first):
-                # Row 0 stands in for missing rows; its weight becomes 0.
-                used = first + numbers < len(self.held_out)
-                chosen = np.where(used, first + numbers, 0)
-                made = self._rows(objective, chosen)
-                return made | {"weights": made["weights"] * (scales[chosen] * used)[:, None]}
+                def rows_of(numbers, first=first, end=end):
+                    # Row 0 stands in for missing rows; its weight becomes 0.
+                    used = first + numbers < end
+                    chosen = np.where(used, first + numbers, 0)
+                    made = self._rows(objective, chosen)
+                    return made | {"weights": made["weights"] * (scales[chosen] * used)[:, None]}
 
-            shape = (micro_batches, rows, self.config.sequence_length)
-            yield put_batch(rows_of, shape, self.mesh, self.config.model)
+                batch = put_batch(rows_of, shape, self.mesh, self.config.model, more)
+                yield batch, end == len(self.held_out)
 
 
-def make_eval(config: Config, mesh: Mesh, causal: bool, sparse: bool = False) -> Callable:
+class Counts(NamedTuple):
+    """Sizes of what an objective predicts."""
+
+    tokens: np.ndarray  # of each row of the mean
+    bytes: np.ndarray  # of the text of these tokens
+    of_sources: np.ndarray  # tokens of each source, in all rows
+
+
+def make_eval(
+    config: Config, mesh: Mesh, causal: bool, sparse: bool = False, sources: int = 0
+) -> Callable:
     """Return (params, batch) -> (sum of weight x -log p, sum of weights) of a batch (M, B, S).
 
-    ``sparse`` is as in `cross_entropy`.
+    ``sparse`` is as in `cross_entropy`. With ``sources`` above 0 there is a third result, float32
+    [sources]: the sum of -log p over the tokens of each, by the numbers in batch["source"].
     """
     # The plain loss: neither dropout nor label smoothing.
     config = dataclasses.replace(
@@ -183,15 +242,21 @@ def make_eval(config: Config, mesh: Mesh, causal: bool, sparse: bool = False) ->
     weights = make_weights(config)
 
     def sums(losses, batch):
-        total = sum_shared(losses.sum(), ("pipe", *ROWS, "context"))
-        return total, sum_shared(batch["weights"].sum(), (*ROWS, "context"))
+        def over_all(x):
+            return sum_shared(x.sum(0), ("pipe", *ROWS, "context"))
+
+        tokens = sum_shared(batch["weights"].sum(), (*ROWS, "context"))
+        if not sources:
+            return over_all(losses), tokens
+        nats, by_source = losses
+        return over_all(nats), tokens, over_all(by_source)
 
     def evaluate(params, batch):
         # No gradient is taken here, but the loss is written for varying values, as in training.
         params, batch = vary((params, batch))
         params = weights.at_start(params)
         # A total of 1: sums and not means leave the device, since batches have different weights.
-        micro_batches = MicroBatches(config, causal, batch, 1.0, sparse=sparse)
+        micro_batches = MicroBatches(config, causal, batch, 1.0, sparse=sparse, sources=sources)
         numbers = jnp.arange(len(micro_batches))
         return sums(lax.map(lambda m: micro_batches.whole(params, m), numbers), batch)
 
@@ -200,7 +265,7 @@ def make_eval(config: Config, mesh: Mesh, causal: bool, sparse: bool = False) ->
         # As in the train step, layers move to their stages as shards, before the gather.
         blocks = to_rounds(params.blocks, config.mesh.virtual_pipe)
         rest, blocks = weights.at_start(params._replace(blocks=blocks))
-        micro_batches = MicroBatches(config, causal, batch, 1.0, sparse=sparse)
+        micro_batches = MicroBatches(config, causal, batch, 1.0, sparse=sparse, sources=sources)
         size = axis_size("pipe")
         # The micro-batches that this stage embeds and whose loss it computes, as in `circular`.
         mine = jnp.arange(len(micro_batches) // size) * size + axis_index("pipe")
@@ -216,4 +281,6 @@ def make_eval(config: Config, mesh: Mesh, causal: bool, sparse: bool = False) ->
     function = pipelined_evaluate if mesh.shape["pipe"] > 1 else evaluate
     abstract = lora.abstract_computed(config)
     specs = specs_of(abstract, config.mesh.zero, mesh.shape["tensor"])
-    return jax.jit(over_mesh(function, mesh, (specs, batch_specs(config.model)), (P(), P())))
+    of_batch = batch_specs(config.model) | ({"source": BATCH} if sources else {})
+    results = (P(),) * (3 if sources else 2)
+    return jax.jit(over_mesh(function, mesh, (specs, of_batch), results))

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from absl import logging
 from jax.sharding import Mesh
@@ -25,9 +26,10 @@ from mtnlg_jax.train.inputs import Data, batch_at, load_data, resolve
 from mtnlg_jax.train.metrics import MetricsLog
 from mtnlg_jax.train.reporter import FIGURES, Meter, Reporter, Summary, short, show
 from mtnlg_jax.train.saving import Saver
-from mtnlg_jax.train.schedule import is_masked, samples_at_end, stage_at
+from mtnlg_jax.train.schedule import is_due, is_masked, samples_at_end, stage_at
 from mtnlg_jax.train.state import TrainState, abstract_state, init_state
 from mtnlg_jax.train.step import CompiledStep, make_train_step
+from mtnlg_jax.train.task_scores import KIND, Tasks, TaskScores, check_given
 from mtnlg_jax.train.watchdog import Watchdog
 
 
@@ -37,11 +39,13 @@ def train(
     show_progress: bool = True,
     announce: Callable[[str], None] = lambda text: None,
     enough: Callable[[Sequence[dict]], bool] = lambda evaluations: False,
+    tasks: Tasks | None = None,
 ) -> Summary:
     """Train ``config`` in ``workdir``, resuming from the newest good checkpoint, and summarize it.
 
     Every process calls this. The first one writes the files and describes the run to ``announce``.
     The run ends early once the records of its evaluations, also of earlier starts, are ``enough``.
+    ``tasks`` scores train.eval_tasks: `mtnlg_jax.evaluate.in_training.RunTasks` of the config.
 
     Raises ValueError if a setting is invalid or contradicts the run in ``workdir``, Preempted after
     a signal to any process (the state is saved if it is finite), Diverged after train.max_bad_steps
@@ -50,6 +54,7 @@ def train(
     takes too long (train.watchdog_seconds).
     """
     validate(config)
+    check_given(config, tasks)
     processes.check_same_settings(config, workdir)
     show_progress = show_progress and processes.is_first()
     with (
@@ -60,12 +65,9 @@ def train(
         processes.exit_on_failure(),  # innermost: it ends the process before anything waits
     ):
         compat.serialize_cpu_collectives()
-        data = load_data(config)
-        config = resolve(config, data.tokenizer)
-        mesh = make_mesh(config.mesh)
-        validate_batch(config, row_shards(mesh.shape))  # data=-1 is only known now
-        checkpoints = _open_checkpoints(config, workdir)
-        resources.callback(checkpoints.close)
+        config, data, mesh = _resolved(config)
+        score = tasks.start(config, mesh, data.tokenizer) if tasks else None
+        checkpoints = resources.enter_context(closing(_open_checkpoints(config, workdir)))
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())
         teachers = init_from.load_teachers(config, mesh)
         identity = _identity(config, data) | init_from.identity_of(config, teachers)
@@ -74,16 +76,18 @@ def train(
         samples = int(state.samples)
         total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
         _describe_start(config, mesh, data, workdir, first, samples, restored, announce)
-        log = MetricsLog(workdir, first, writing=processes.is_first())
-        resources.callback(log.close)
+        log = resources.enter_context(closing(MetricsLog(workdir, first, processes.is_first())))
         bar = resources.enter_context(_progress_bar(config, first, show_progress))
         reporter = Reporter(config, log, bar, Meter(config, data.has_answers), checkpoints)
         saver = Saver(checkpoints)
         steps = _compiled_steps(config, mesh, data, teachers, total_samples, watchdog)
         evaluate = Evaluator(config, mesh, data)
+        score_tasks = TaskScores(config, score, log, watchdog)
         vote = processes.PreemptionVote()
+        due = functools.partial(is_due, config.train)
         best = checkpoints.best_metric()  # of earlier starts as well
         save = None  # saves the newest state again, if the last save failed
+        _catch_up(evaluate, score_tasks, state, first, config, log, show_progress)
 
         for step in range(first, first if enough(log.evaluations()) else config.train.steps):
             batch, micro_batches, sequences = batch_at(config, mesh, data, step, samples)
@@ -98,12 +102,15 @@ def train(
             reporter.pending = (step, metrics, int(sequences))  # fetched one step later
             done = step + 1
             stopping = vote(stop.is_set())  # the same answer in every process
-            if processes.several() and _is_due(config.train.compare_every, done, config):
+            if processes.several() and due(config.train.compare_every, done):
                 processes.check_same_run(config, data.fingerprints, _programs(steps), state, done)
-            evaluating = _is_due(config.train.eval_every, done, config)
-            saving = stopping or saver.is_due() or _is_due(config.train.save_every, done, config)
-            if evaluating or saving:
+            evaluating = due(config.train.eval_every, done)
+            scoring = score_tasks.is_due(done) and not stopping  # a signal leaves seconds
+            saving = stopping or saver.is_due() or due(config.train.save_every, done)
+            if evaluating or saving or scoring:
                 reporter.report()  # this step, whose loss decides whether the state is healthy
+                if scoring:
+                    score_tasks(state.params, done, show_progress)
                 watchdog.enter("evaluation or saving")
                 result = _evaluate(evaluate, state, done, log, show_progress) if evaluating else {}
                 metric = _metric(result)
@@ -119,18 +126,27 @@ def train(
                     save = None  # it would keep this state in memory beside the next one
                 reporter.meter.restart()  # time of evaluation and saving does not count
             if stopping and done < config.train.steps:
-                saver.finish(save)
-                processes.barrier("saved")  # process 0 may still be writing the record
+                _finish(saver, save)
                 raise _preempted(done, workdir, saved=save is not None)
 
         watchdog.enter("saving")
-        saver.finish(save)
-        processes.barrier("saved")
-        if first == config.train.steps and not processes.run_on_first(lambda: log.has_eval(first)):
-            # A finished run was started again, and its last evaluation was lost.
-            _evaluate(evaluate, state, first, log, show_progress)
+        _finish(saver, save)
         log.plot()
-        return _summary(config, workdir, log.records, reporter.meter, checkpoints, state)
+        return _summary(workdir, reporter, state, score_tasks)
+
+
+def _resolved(config: Config) -> tuple[Config, Data, Mesh]:
+    """Return the config with what data and devices decide, the data, and the mesh."""
+    data = load_data(config)
+    config = resolve(config, data.tokenizer)
+    mesh = make_mesh(config.mesh)
+    validate_batch(config, row_shards(mesh.shape))  # data=-1 is only known now
+    return config, data, mesh
+
+
+def _finish(saver: Saver, save: Callable[[], None] | None) -> None:
+    saver.finish(save)
+    processes.barrier("saved")  # process 0 may still be writing the record
 
 
 def _open_checkpoints(config: Config, workdir: str) -> Checkpoints:
@@ -240,10 +256,20 @@ def _progress_bar(config: Config, first: int, show_progress: bool) -> tqdm:
     return bar
 
 
-def _is_due(every: int, done: int, config: Config) -> bool:
-    """Return whether something that happens ``every`` steps (0: never) is due after ``done``."""
-    # The last step is always due, so that every finished run has a checkpoint and an evaluation.
-    return done == config.train.steps or (every > 0 and done % every == 0)
+def _catch_up(
+    evaluate: Evaluator,
+    score_tasks: TaskScores,
+    state: TrainState,
+    first: int,
+    config: Config,
+    log: MetricsLog,
+    show_progress: bool,
+) -> None:
+    """Evaluate the state from which a run goes on where the record of that was lost."""
+    score_tasks.catch_up(state.params, first, show_progress)
+    if first == config.train.steps and not processes.run_on_first(lambda: log.has("eval", first)):
+        # A finished run was started again, and its last evaluation was lost.
+        _evaluate(evaluate, state, first, log, show_progress)
 
 
 def _metric(result: dict) -> float:
@@ -300,16 +326,15 @@ def _preempted(done: int, workdir: str, saved: bool) -> Preempted:
 
 
 def _summary(
-    config: Config,
-    workdir: str,
-    records: list[dict],
-    meter: Meter,
-    checkpoints: Checkpoints,
-    state: TrainState,
+    workdir: str, reporter: Reporter, state: TrainState, score_tasks: TaskScores
 ) -> Summary:
+    config = reporter.config
+    meter = reporter.meter
+    records = reporter.log.records
     # There is an evaluation: the last step always has one, and a finished run that lost it repeats
     # it.
     final = [record for record in records if record["kind"] == "eval"][-1]
+    scored = [record for record in records if record["kind"] == KIND]
     # The mean over this process's steps, not the moving average of the progress bar.
     rate = meter.tokens / meter.seconds if meter.seconds else 0.0
     return Summary(
@@ -321,8 +346,10 @@ def _summary(
         rate,
         meter.utilization(rate),
         final,
-        checkpoints.best_step(),
+        reporter.checkpoints.best_step(),
         int(state.nonfinite_total),
+        scored[-1] if scored else {},
+        (score_tasks.seconds, score_tasks.share),
     )
 
 

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from mtnlg_jax.errors import is_passing
 from mtnlg_jax.hardware import dense_flops
+from mtnlg_jax.train import plots
 
 
 def peak_flops(device_flops: float | None = None) -> float | None:
@@ -131,7 +132,7 @@ class MetricsLog:
         self._board = self._new_board(purge_step=step + 1)
 
     def write(self, record: dict) -> None:
-        """Append ``record``, which has "kind" (train | eval) and "step".
+        """Append ``record``, which has "kind" (train | eval | tasks) and "step".
 
         Its numbers go to TensorBoard under kind/name. A number that is not finite is null in the
         file, because JSON cannot express it.
@@ -153,9 +154,9 @@ class MetricsLog:
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
-    def has_eval(self, step: int) -> bool:
-        """Return whether an evaluation after ``step`` is recorded."""
-        return any(record["step"] == step for record in self.evaluations())
+    def has(self, kind: str, step: int) -> bool:
+        """Return whether there is a record of ``kind`` after ``step``."""
+        return any(record["step"] == step for record in self.records if record["kind"] == kind)
 
     def evaluations(self) -> list[dict]:
         """Return the records of all evaluations, those of earlier starts as well."""
@@ -278,8 +279,6 @@ TRAINING_LOSSES = {
     "smoothed_loss": "training objective:\ncross entropy with label smoothing",
     "distillation_loss": "training objective:\ndistillation",
 }
-_DECAY = 0.9  # the smoothed line weighs a neighbor by this to the power of its distance
-_REACH = 60  # neighbors on either side
 _LONG_GAP = 3  # in usual distances between records; above it some are missing
 
 
@@ -327,41 +326,12 @@ def curves(records: list[dict], objective: str, name: str) -> list[list[tuple[in
     return pieces
 
 
-def smoothed(losses: Sequence[float]) -> np.ndarray:
-    """Return a local linear fit at each loss, in which neighbors count less the farther away.
-
-    Unlike a running mean it does not lag where the loss falls, nor at the beginning. A nan stays
-    nan and has no weight.
-    """
-    values = np.array(losses, float)
-    known = np.isfinite(values).astype(float)
-    values = np.where(known > 0, values, 0.0)
-    reach = min(len(values) - 1, _REACH)
-    away = np.arange(-reach, reach + 1)
-
-    def around(numbers: np.ndarray, power: int) -> np.ndarray:
-        """Return the sum over the neighbors of weight x distance^power x number."""
-        # Losses that are nan are 0 in all sums, and so have no weight.
-        kernel = _DECAY ** np.abs(away) * away**power
-        return np.convolve(numbers, kernel[::-1], "full")[reach : reach + len(values)]
-
-    # Weighted least squares in closed form: moments of the distances (s) and of the losses (t).
-    s0, s1, s2 = (around(known, power) for power in range(3))
-    t0, t1 = (around(known * values, power) for power in range(2))
-    # The determinant of the normal equations; it is 0 where all weight is on one point.
-    spread = s0 * s2 - s1**2
-    fits = spread > 1e-9  # a line needs two points
-    line = np.where(
-        fits, (s2 * t0 - s1 * t1) / np.where(fits, spread, 1), t0 / np.maximum(s0, 1e-9)
-    )
-    return np.where(known > 0, line, np.nan)
-
-
 def plot_loss(records: list[dict], path: str) -> None:
     """Plot the losses of training (thin and smoothed) and of held-out text, by objective.
 
-    A training objective other than the cross entropy of the text has its own panel. Steps that were
-    not finite are marked.
+    A training objective other than the cross entropy of the text has its own panel, and so have the
+    held-out losses of several sources and the scores of tasks. Steps that were not finite are
+    marked.
     """
     import matplotlib
 
@@ -372,10 +342,19 @@ def plot_loss(records: list[dict], path: str) -> None:
     used = {training_loss(record)[0] for record in records if record["kind"] == "train"}
     # The panel of the cross entropy is always there, for the held-out losses.
     panels = [name for name in TRAINING_LOSSES if name == "loss" or name in used]
+    more = plots.panels_of(records)
+    heights = [3.0] * len(panels) + [plots.height_of(each.curves) for each in more]
     figure, rows = pyplot.subplots(
-        len(panels), figsize=(8, 1.5 + 3 * len(panels)), sharex=True, squeeze=False
+        len(heights),
+        # Wider where a legend stands beside a panel.
+        figsize=(11 if more else 8, 1.5 + sum(heights)),
+        sharex=True,
+        squeeze=False,
+        height_ratios=heights,
     )
-    for name, axes in zip(panels, rows[:, 0], strict=True):
+    for panel, axes in zip(more, rows[len(panels) :, 0], strict=True):
+        plots.draw(axes, panel)
+    for name, axes in zip(panels, rows[: len(panels), 0], strict=True):
         for objective, color in {"causal": "tab:blue", "masked": "tab:orange"}.items():
             _plot_training(axes, curves(records, objective, name), color, f"{objective}, training")
             if name == "loss":
@@ -432,7 +411,7 @@ def _plot_training(
         axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8, marker=marker)
         axes.plot(
             steps,
-            smoothed(losses),
+            plots.smoothed(losses),
             color=color,
             marker=marker,
             label=label if number == 0 else None,

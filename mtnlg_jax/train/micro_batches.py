@@ -12,7 +12,11 @@ from jax import lax
 from mtnlg_jax.config import Config
 from mtnlg_jax.model.context_attention import context_attention
 from mtnlg_jax.model.hooks import Hooks
-from mtnlg_jax.model.loss import cross_entropy, distilled_cross_entropy
+from mtnlg_jax.model.loss import (
+    cross_entropy,
+    cross_entropy_by_group,
+    distilled_cross_entropy,
+)
 from mtnlg_jax.model.params import Params, join_params, split_params
 from mtnlg_jax.model.transformer import Transformer, abstract_model
 from mtnlg_jax.parallel.collectives import sum_over
@@ -38,10 +42,12 @@ class MicroBatches:
         teacher: Teacher | None = None,
         counting: bool = False,
         sparse: bool = False,
+        sources: int = 0,
     ):
         """``total`` is the weight of the whole batch; without ``key`` there is no dropout.
         ``counting``: the loads of experts are the gradients of their biases. ``sparse``: as in
-        `cross_entropy`."""
+        `cross_entropy`. ``sources``: above 0 a loss is a pair, of which the second part is
+        that of each source (`cross_entropy_by_group`), by the numbers in batch["source"]."""
         self.config = config
         self.causal = causal
         self.batch = batch
@@ -50,6 +56,7 @@ class MicroBatches:
         self.teacher = teacher
         self.counting = counting
         self.sparse = sparse
+        self.sources = sources
         self.weights = make_weights(config)
         # Only the structure of the module is needed here: its parameters are an argument of each
         # method, so that they can be differentiated.
@@ -121,6 +128,11 @@ class MicroBatches:
         weights = micro["weights"].reshape(-1)
         chunk = train.loss_chunk
         smoothing = train.label_smoothing
+        if self.sources:
+            groups = micro["source"].reshape(-1)
+            tokens = (x_BD, model.head(), labels, weights, groups)
+            pair = cross_entropy_by_group(*tokens, self.sources, chunk, self.sparse)
+            return jax.tree.map(lambda nats: nats / self.total, pair)
         if self.teacher is None:
             # Head and loss in one call, which never holds the logits of all tokens.
             nats = cross_entropy(x_BD, model.head(), labels, weights, chunk, smoothing, self.sparse)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import textwrap
 import time
 
 import jax
@@ -14,6 +15,7 @@ from mtnlg_jax.hardware import flops_per_token
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.metrics import MetricsLog, peak_flops
+from mtnlg_jax.train.plots import OBJECTIVES, losses_of_sources, scores_of_tasks
 from mtnlg_jax.train.schedule import is_masked, loss_name, stage_at
 
 FIGURES = ("causal_loss", "perplexity", "bits_per_byte", "masked_loss")  # of an evaluation
@@ -22,6 +24,24 @@ FIGURES = ("causal_loss", "perplexity", "bits_per_byte", "masked_loss")  # of an
 def short(value: float | None) -> str:
     """Format a loss with three decimals."""
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def scores_text(record: dict) -> str:
+    """Return the scores of a record of tasks as text, without their errors."""
+    # The perplexity of a word is in the billions at first.
+    scores = {
+        name: f"{value:.3g}" if value >= 1000 else short(value)
+        for name, value in scores_of_tasks(record).items()
+    }
+    return ", ".join(f"{name.replace('/', ' ')} {value}" for name, value in scores.items())
+
+
+def wrapped(text: str) -> list[str]:
+    """Return ``text`` in lines of a terminal; those after the first are indented."""
+    # Names, which may be long or have hyphens, stay in one piece.
+    return textwrap.wrap(
+        text, 100, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +58,9 @@ class Summary:
     final: dict  # the last evaluation: step, causal_loss, perplexity, bits_per_byte, masked_loss
     best_step: int | None
     skipped: int  # non-finite steps
+    tasks: dict = dataclasses.field(default_factory=dict)  # the last record of train.eval_tasks
+    # Seconds that this process scored tasks, and their share of its time.
+    tasks_cost: tuple[float, float] = (0.0, 0.0)
 
     @property
     def speed(self) -> str:
@@ -55,7 +78,31 @@ class Summary:
         ]
         if not losses:
             return "nothing is held out, so there is no held-out loss"
-        return f"held out at step {self.final['step']}: {', '.join(losses)}"
+        means = f"held out at step {self.final['step']}: {', '.join(losses)}"
+        return "\n".join([means, *self._by_source()])
+
+    def _by_source(self) -> list[str]:
+        """Return lines with the held-out loss of each source, where there are several."""
+        lines = []
+        for objective in OBJECTIVES:
+            found = losses_of_sources(self.final, objective)
+            if found:
+                text = ", ".join(f"{name} {short(loss)}" for name, loss in found.items())
+                lines += wrapped(f"  {objective} loss by source: {text}")
+        return lines
+
+    @property
+    def scored(self) -> str:
+        """Return the last scores of tasks as text, and their cost; "" for a run without tasks."""
+        if not self.tasks:
+            return ""
+        seconds, share = self.tasks_cost
+        cost = (
+            f"; scoring tasks took {seconds:,.1f} s, {share:.1%} of this start" if seconds else ""
+        )
+        return "\n".join(
+            wrapped(f"tasks at step {self.tasks['step']}: {scores_text(self.tasks)}{cost}")
+        )
 
     @property
     def kept(self) -> str:

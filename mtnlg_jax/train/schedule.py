@@ -85,6 +85,12 @@ def stage_at(train: TrainConfig, step: int) -> tuple[int, int, StageConfig]:
     return last, step - begin, train.stages[last]
 
 
+def is_due(train: TrainConfig, every: int, done: int) -> bool:
+    """Return whether something that happens ``every`` steps (0: never) is due after ``done``."""
+    # The last step is always due, so that every finished run has a checkpoint and an evaluation.
+    return done == train.steps or (every > 0 and done % every == 0)
+
+
 def is_masked(train: TrainConfig, step: int) -> bool:
     """Return whether ``step`` uses the masked objective; a mix spreads its masked steps evenly."""
     # 1e-9 absorbs rounding: 100 x 0.29 is 28.999999999999996.

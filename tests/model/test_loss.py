@@ -177,6 +177,22 @@ def _cost(loss, dtype):
     return largest, compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("chunk", [4, 7, 100])
+def test_the_losses_of_groups_count_every_weighted_token_once(chunk, sparse):
+    x, head, labels, weights = _inputs()
+    weights[8:20] = 0  # whole chunks, which a sparse loss leaves out
+    groups = np.arange(TOKENS, dtype=np.int32) % 3
+    total, of_groups = loss.cross_entropy_by_group(
+        x, Head(head), labels, weights, groups, 4, chunk, sparse
+    )
+    losses = _longhand(x, head, labels, weights)[0]
+    wanted = np.bincount(groups, losses * (weights > 0), minlength=4)
+    np.testing.assert_allclose(of_groups, wanted, rtol=FLOAT32)
+    assert of_groups[3] == 0
+    assert total == cross_entropy(x, head, labels, weights, chunk, 0.0, sparse)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_logits_of_all_tokens_are_never_allocated(dtype):
     largest, temporary = _cost(functools.partial(cross_entropy, chunk=CHUNK), dtype)

@@ -4,16 +4,23 @@ own bytes."""
 import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mtnlg_jax.config import Config, DataConfig, MeshConfig, ModelConfig, StageConfig, TrainConfig
 from mtnlg_jax.data.batches import HeldOut
 from mtnlg_jax.data.prepare import prepare
+from mtnlg_jax.model.transformer import abstract_model, init_parameters
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import loop
+from mtnlg_jax.train.evaluate import make_eval
+from mtnlg_jax.train.state import state_shardings
 
 LENGTH = 32
+NAMES = 2  # sources of the runs here, where there are several
 STAGES = (StageConfig("causal"), StageConfig("masked", masked=1.0))
 
 
@@ -50,25 +57,27 @@ def config_of(blend, batch=8, eval_batches=2, mesh=None, **train):
     )
 
 
-def evaluated(config):
-    """Return (result, labels of all causal tokens scored) where token t costs t / 10 nats."""
+def evaluated(config, change=lambda data: None):
+    """Return (result, labels of all causal tokens that the mean counts, data) where token t costs
+    t / 10 nats. ``change`` may change the data."""
     data = loop.load_data(config)
+    change(data)
     mesh = make_mesh(config.mesh)
     evaluate = loop.Evaluator(loop.resolve(config, data.tokenizer), mesh, data)
-    scored = []
+    evaluate._steps = dict.fromkeys(evaluate.objectives, costing)
+    rows = evaluate._rows("causal", np.arange(len(evaluate.held_out)))
+    return evaluate({"blocks": None}), rows["labels"][rows["weights"] > 0], data
 
-    def step(name):
-        def run(params, batch):
-            labels = np.asarray(batch["labels"])
-            weights = np.asarray(batch["weights"], np.float64)
-            if name == "causal":
-                scored.extend(labels[weights > 0].tolist())
-            return (labels * weights).sum() / 10, weights.sum()
 
-        return run
-
-    evaluate._steps = {name: step(name) for name in evaluate.objectives}
-    return evaluate({"blocks": None}), np.array(scored), data
+def costing(params, batch):
+    """Stand in for a step of `make_eval`: token t costs t / 10 nats."""
+    labels = np.asarray(batch["labels"])
+    weights = np.asarray(batch["weights"], np.float64)
+    means = (labels * weights).sum() / 10, weights.sum()
+    if "source" not in batch:
+        return means
+    source = np.asarray(batch["source"])[weights > 0]
+    return *means, np.bincount(source, labels[weights > 0] / 10, minlength=NAMES)
 
 
 @pytest.mark.parametrize("eval_batches", [1, 2, 100])
@@ -136,6 +145,78 @@ def test_sources_are_weighted_by_their_share_of_training(folders):
     assert [share for _, share in loop.load_data(config).held_out] == [3.0, 1.0]
 
 
+def test_the_loss_of_each_source_is_that_of_a_run_on_it_alone(folders):
+    alone = [evaluated(config_of(((folder, 1.0),)))[0] for folder in folders]
+    assert not any("/" in name for one in alone for name in one)
+    # As many rows of each as alone.
+    both = evaluated(config_of(tuple((folder, 1.0) for folder in folders), eval_batches=4))[0]
+    for name in ("causal_loss", "masked_loss"):
+        for one, source in zip(alone, ("long", "short"), strict=True):
+            assert both[f"{name}/{source}"] == pytest.approx(one[name], rel=1e-12)
+
+
+def test_a_source_that_the_mean_leaves_out_has_a_row_of_its_own(folders):
+    def record(data):
+        ((tokens, _),) = data.held_out
+        # Its last tokens, of which the 16 rows of the mean hold none.
+        tokens.meta["sources"] = [["most", len(tokens) - LENGTH], ["rare", LENGTH]]
+
+    config = config_of(((folders[0], 1.0),), eval_batches=1)
+    plain, _, _ = evaluated(config)
+    found, _, data = evaluated(config, record)
+    names = {"causal_loss/most", "causal_loss/rare", "masked_loss/most", "masked_loss/rare"}
+    assert set(found) - set(plain) == names
+    assert {name: found[name] for name in plain} == plain
+    ((tokens, _),) = data.held_out
+    size = len(tokens)
+    # The row that holds the middle of the rare source; what it has of the other one counts there.
+    start = (size - LENGTH // 2 - 1) // LENGTH * LENGTH
+    row = tokens.read(start, min(start + LENGTH + 1, size)).astype(int)
+    offsets = tokens.document_offsets
+    predicted = [i for i in range(1, len(row)) if start + i not in offsets]
+    rare = [row[i] / 10 for i in predicted if start + i >= size - LENGTH]
+    assert rare and found["causal_loss/rare"] == pytest.approx(np.mean(rare))
+
+
+def test_losses_of_sources_come_from_the_rows_of_a_batch(folders):
+    blend = ((folders[0], 3.0), (folders[1], 1.0))
+    config = config_of(blend, mesh=MeshConfig(), compute_dtype="float32")
+    data = loop.load_data(config)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    config = loop.resolve(config, data.tokenizer)
+    params = init_parameters(config.model, 0)
+    evaluate = loop.Evaluator(config, mesh, data)
+    found = evaluate(params)
+    # By hand: every token's loss, from the plain model's logits.
+    rows = evaluate._rows("causal", np.arange(len(evaluate.held_out)))
+    model = nnx.merge(abstract_model(config.model)[0], params)
+    arrays = {"positions_BS": rows["positions"], "segment_ids_BS": rows["segment_ids"]}
+    scores = jax.nn.log_softmax(model(jnp.asarray(rows["tokens"]), **arrays))
+    losses = -np.take_along_axis(np.asarray(scores), rows["labels"][..., None], 2)[..., 0]
+    for number, name in enumerate(("long", "short")):
+        mine = (evaluate.held_out.source == number)[:, None] & (rows["weights"] > 0)
+        assert found[f"causal_loss/{name}"] == pytest.approx(losses[mine].mean(), rel=1e-5)
+    # The mean is what it would be without them, to the last bit.
+    plain = make_eval(config, mesh, causal=True)
+    total = weight = 0.0
+    for batch, _ in evaluate._batches("causal"):
+        batch.pop("source")
+        nats, tokens = map(float, plain(params, batch))
+        total += nats
+        weight += tokens
+    assert found["causal_loss"] == total / weight
+    for settings in (
+        MeshConfig(data=8),
+        MeshConfig(data=2, tensor=2, pipe=2),
+        MeshConfig(context=4),
+    ):
+        train = dataclasses.replace(config.train, micro_batch_size=1)
+        other = dataclasses.replace(config, mesh=settings, train=train)
+        there = make_mesh(settings)
+        placed = init_parameters(config.model, 0, state_shardings(other, there).params)
+        assert loop.Evaluator(other, there, data)(placed) == pytest.approx(found, rel=2e-6)
+
+
 def test_rows_are_spread_over_each_held_out_text(folders):
     data = loop.load_data(config_of(((folders[0], 1.0), (folders[1], 1.0))))
     held_out = HeldOut(data.held_out, LENGTH, 20)
@@ -162,6 +243,12 @@ def test_without_held_out_text_there_are_no_metrics(tmp_path):
     text = dataclasses.replace(
         summary, final={"step": 20, "masked_loss": 2.0}, best_step=10, mfu=0.5
     )
+    parts = {"causal_loss": 2.0, "causal_loss/web": 2.5, "causal_loss/books": None}
+    parts = dataclasses.replace(summary, final={"step": 20, **parts})
+    assert parts.held_out.splitlines() == [
+        "held out at step 20: causal loss 2.000",
+        "  causal loss by source: web 2.500, books not finite",
+    ]
     assert (
         text.held_out == "held out at step 20: masked loss 2.000" and "best (step 10)" in text.kept
     )

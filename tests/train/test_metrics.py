@@ -9,6 +9,7 @@ import pytest
 from tqdm import tqdm
 
 from mtnlg_jax.config import StageConfig, TrainConfig
+from mtnlg_jax.train.curve import text_curve
 from mtnlg_jax.train.metrics import (
     TRAINING_LOSSES,
     MetricsLog,
@@ -16,9 +17,9 @@ from mtnlg_jax.train.metrics import (
     plot_loss,
     read_metrics,
     scan_metrics,
-    smoothed,
     training_loss,
 )
+from mtnlg_jax.train.plots import panels_of, shortened, smoothed
 from mtnlg_jax.train.reporter import show
 from mtnlg_jax.train.schedule import loss_name
 
@@ -175,6 +176,36 @@ def test_the_smoothed_curve_does_not_lag():
     assert smoothed([3.0]).tolist() == [3.0] and np.isnan(smoothed([math.nan])).all()
 
 
+def evaluation(number):
+    """Return the record of an evaluation of fifteen sources, one of which once has no loss."""
+    losses = {f"causal_loss/source {i}": 3.0 + i / 10 - number / 5 for i in range(15)}
+    losses["causal_loss/source 3"] = None if number == 2 else 1.0
+    return {"kind": "eval", "step": number, "causal_loss": 3.0, **losses}
+
+
+def scored(number):
+    values = {"piqa/acc": 0.5, "piqa/acc_stderr": 0.1, "piqa/rows": 100, "boolq/acc": number / 10}
+    perplexity = {"lambada_openai/perplexity": 10.0 ** (10 - number)}
+    cost = {"seconds": 1.0, "share_of_run": 0.01}
+    return {"kind": "tasks", "step": number, **values, **perplexity, **cost}
+
+
+def test_sources_and_tasks_have_panels_of_their_own(tmp_path):
+    records = [step(1), *(evaluation(number) for number in (1, 2, 3)), *map(scored, (2, 4))]
+    losses, scores, perplexity = panels_of(records)
+    assert len(losses.curves) == 15 and losses.label.startswith("causal loss of held-out")
+    assert losses.curves["source 3"] == [(1, 1.0), (3, 1.0)]
+    assert scores.curves == {"piqa acc": [(2, 0.5), (4, 0.5)], "boolq acc": [(2, 0.2), (4, 0.4)]}
+    assert perplexity.curves == {"lambada_openai perplexity": [(2, 1e8), (4, 1e6)]}
+    assert perplexity.log and not scores.log and not losses.log
+    assert panels_of([step(1), {"kind": "eval", "step": 1, "causal_loss": 2.0}]) == []
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = text_curve(str(path)).splitlines()
+    assert "boolq acc                        0.2 -> 0.4" in lines[-2]
+    assert shortened("a" * 40 + "books") == "…" + "a" * 22 + "books"
+
+
 @pytest.mark.parametrize(
     "records",
     [
@@ -188,6 +219,7 @@ def test_the_smoothed_curve_does_not_lag():
             {"kind": "other", "step": 2},
         ],
         [step(1), {"kind": "train", "step": 2}, {"kind": "eval", "step": 2, "causal_loss": 3.0}],
+        [step(1), *(evaluation(number) for number in (1, 2, 3)), *map(scored, (2, 4, 6, 8))],
     ],
     ids=len,
 )

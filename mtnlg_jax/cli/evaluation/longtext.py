@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -24,7 +25,7 @@ with command.flag_group("Long texts"):
         None,
         "file or folder of real texts to compare with, read like --input",
     )
-    PLOTS = command.define_path("plots", None, "folder for plots, as PNG")
+    PLOTS = command.define_path("plots", None, "folder for plots, as PNG; also of --tasks")
     SENTENCES = flags.DEFINE_integer(
         "sentences", 64, "sentences that the model scores for coherence", lower_bound=1
     )
@@ -46,22 +47,29 @@ with command.flag_group("Long texts"):
     )
 
 _OF_NEEDLE = (NEEDLE_LANGUAGE, NEEDLE_LENGTHS, NEEDLE_TRIALS)
-_OF_LONGTEXT = (REFERENCES, PLOTS, SENTENCES, SEED, NEEDLE, *_OF_NEEDLE)
+_SHARED = (PLOTS, SEED)  # with --tasks
+_OF_LONGTEXT = (REFERENCES, SENTENCES, NEEDLE, *_OF_NEEDLE)
 _OF_SCORE = (score.STRIDE, score.ADAPT, score.CACHE)
 
 
-def check() -> None:
-    """Raise ValueError on flags that have no effect together, before anything is read."""
+def check(shared: bool = False) -> None:
+    """Raise ValueError on flags that have no effect together, before anything is read.
+
+    ``shared``: another part of the script writes plots and draws.
+    """
     if LONGTEXT.value:
-        _refuse(_OF_SCORE, "is of the score, which --longtext does not compute; leave it out")
+        refuse(_OF_SCORE, "is of the score, which --longtext does not compute; leave it out")
         if not NEEDLE.value:
-            _refuse(_OF_NEEDLE, "has no effect without --needle")
+            refuse(_OF_NEEDLE, "has no effect without --needle")
         _lengths()
     else:
-        _refuse(_OF_LONGTEXT, "has no effect without --longtext")
+        refuse(_OF_LONGTEXT, "has no effect without --longtext")
+        if not shared:
+            refuse(_SHARED, "has no effect without --longtext or --tasks")
 
 
-def _refuse(holders: tuple, reason: str) -> None:
+def refuse(holders: Sequence[flags.FlagHolder], reason: str) -> None:
+    """Raise ValueError, with ``reason``, for the first of the flags that is given."""
     for holder in holders:
         if holder.present:
             raise ValueError(f"--{holder.name}={holder.value} {reason}")

@@ -22,9 +22,7 @@ with command.flag_group("The run and the text"):
         required=True,
     )
     CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
-    INPUT = command.define_path(
-        "input", None, "file or folder to score, - for standard input", required=True
-    )
+    INPUT = command.define_path("input", None, "file or folder to score, - for standard input")
     TEXT_KEY = flags.DEFINE_string(
         "text_key",
         "text",

@@ -2,7 +2,8 @@
 arrays of each source."""
 
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -67,10 +68,19 @@ def encode_tasks(
 
 
 def array_tasks(
-    encoded: list[Task], results: list[dict], place: str, part: str, seed: int, tokenizer: Tokenizer
+    encoded: list[Task],
+    results: list[dict],
+    place: str,
+    part: str,
+    seed: int,
+    tokenizer: Tokenizer,
+    sources: Sequence[str] = (),
 ) -> tuple[Task, list[Task]]:
     """Return the tasks that write the results of `encode_tasks` to ``place`` (sources/NAME/train,
-    heldout): one that must run first, and one for each 16.8 million tokens."""
+    heldout): one that must run first, and one for each 16.8 million tokens.
+
+    ``sources``: the source of each result, where these are of several; meta.json records them.
+    """
     order = _order(len(encoded), seed)
     found = [results[number][part] for number in order]
     blobs = [
@@ -84,12 +94,23 @@ def array_tasks(
     # A hash of the hashes of all shards: nobody reads the tokens again to hash them.
     sha256 = hashlib.sha256(repr(depends).encode()).hexdigest()
     meta = token_meta(tokenizer.vocab_size, tokenizer.fingerprint, seed, counts, sha256)
+    if sources:
+        meta["sources"] = _spans([sources[number] for number in order], found)
     name = "stages/arrays/" + place.replace("/", "-")
-    first = Task(name, _frame, (place, part, blobs, meta), depends)
+    # The tokens and their hash are the same with and without the record of sources.
+    first = Task(name, _frame, (place, part, blobs, meta), (*depends, *sources))
     return first, [
         Task(f"{name}-{number:06d}", _shard, (place, part, blobs, number), (first.key, number))
         for number in range(-(-counts["tokens"] // SHARD))
     ]
+
+
+def _spans(sources: Sequence[str], results: list[dict]) -> list[list]:
+    """Return [[source, tokens], ...] of the results in their order, neighbors of one source as
+    one."""
+    pairs = zip(sources, (result["tokens"] for result in results), strict=True)
+    grouped = itertools.groupby(pairs, lambda pair: pair[0])
+    return [[source, sum(tokens for _, tokens in group)] for source, group in grouped]
 
 
 def _order(count: int, seed: int) -> np.ndarray:

@@ -40,6 +40,7 @@ def make_tokens(runner: Runner, recipe: Recipe, shards: list[Shard]) -> dict:
             part,
             recipe.seed,
             tokenizer,
+            [shards[number].source for number in chosen] if part == "heldout" else (),
         )
         frames.append(frame)
         filling += fill

@@ -7,7 +7,7 @@ A prepared data set is a folder (or a URL below gs://, s3://):
     train/          tokens (uint16, or uint32 above 65,536 pieces), document_offsets (int64,
                     documents + 1), meta.json; of pairs also prompt_lengths (int64, documents), of
                     conversations answers (uint8, 1 on the tokens to train on)
-    heldout/        the same
+    heldout/        the same; of several sources meta.json has ``sources``, [[name, tokens], ...]
 
 Each document begins with bos and ends with eos even if both are one token, such as <|endoftext|> in
 GPT-2: attention does not leave the document, so its first word must be predicted from something.

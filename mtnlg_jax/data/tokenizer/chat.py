@@ -44,6 +44,11 @@ class Chat:
         self._tokenizer = tokenizer
         self._template: ChatTemplate = read_template(tokenizer, source)
 
+    @property
+    def source(self) -> str:
+        """Return the text of the chat template."""
+        return self._template.source
+
     def prompt(self, messages: Messages, **variables: Any) -> list[int]:
         """Return the tokens of a conversation up to where the answer begins.
 

@@ -45,6 +45,7 @@ class ChatTemplate:
         """Raise ValueError if ``source`` is not a template. ``variables``: bos_token and others."""
         import jinja2
 
+        self.source = source
         self._variables = dict(variables)
         self._marks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
         try:

@@ -20,7 +20,9 @@ import pytest
 
 from mtnlg_jax import storage
 from mtnlg_jax.config import Config, override
+from mtnlg_jax.data.batches import HeldOut
 from mtnlg_jax.data.filter.clean import CleanConfig, clean
+from mtnlg_jax.data.held_out_sources import HeldOutSources
 from mtnlg_jax.data.prepare import describe
 from mtnlg_jax.data.read.builtin_corpus import embedded_documents
 from mtnlg_jax.data.recipe import corpus
@@ -347,6 +349,13 @@ def test_a_run_reads_every_source_by_its_weight(made):
     assert data.tokenizer.fingerprint == info["tokenizer"]["fingerprint"]
     [(held_out, share)] = data.held_out
     assert len(held_out) == info["tokens"]["heldout"] and share == 1
+    # The held-out text says whose it is.
+    names = [row["name"] for row in info["blend"]]
+    spans = held_out.meta["sources"]
+    assert {name for name, _ in spans} == set(names)
+    assert sum(tokens for _, tokens in spans) == len(held_out)
+    sources = HeldOutSources(HeldOut(data.held_out, 64, 32), 64)
+    assert sorted(sources.names) == sorted(names)
     samples = 1024
     drawn, _ = data.stages[0]._blend(np.arange(samples))
     assert np.bincount(drawn) / samples == pytest.approx(
