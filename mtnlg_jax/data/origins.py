@@ -14,7 +14,7 @@ from mtnlg_jax.data.store.prepared import PREPARED
 
 CANARIES = "canaries.json"
 _OF_PREPARED = ("fingerprint", "tokenizer", "train", "heldout", "sources", "settings", "input")
-_OF_REPORT = ("name", "settings", "blend", "train_tokens", "tokens")
+_OF_REPORT = ("name", "settings", "blend", "train_tokens", "tokens", "outputs")
 _OF_STAGE = ("name", "documents", "bytes", "dropped", "changed", "tables", "note")
 
 
