@@ -17,8 +17,8 @@ from mtnlg_jax.evaluate.card.run_files import (
     CONFIG,
     ENVIRONMENT,
     RunFiles,
+    command_without_folders,
     read_run,
-    without_folders,
 )
 from mtnlg_jax.evaluate.card.training_facts import model_section, training_section
 
@@ -135,7 +135,7 @@ def _environment(facts: Facts, run: RunFiles, show_paths: bool) -> Section:
         section.blocks.append("The run does not record its environment.")
         return section
     found = run.content[ENVIRONMENT]
-    short = None if show_paths else without_folders
+    short = None if show_paths else command_without_folders
     listed = [
         facts.read(ENVIRONMENT, pointer("versions", name), f"Version of {name}")
         for name in found.get("versions", {})

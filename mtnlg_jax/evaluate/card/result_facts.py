@@ -16,6 +16,12 @@ _NAMES = (
     "name kind task category group groups rule method metric format unit axis type decoding scorer "
     "reference accountant lexicon source language"
 ).split()
+# Keys below which texts of the data or of the model may stand, also as numbers and as tokens.
+_HIDDEN = (
+    "secret secrets text texts prefix continuation continuations tokens examples example matches "
+    "match found hits seed"
+).split()
+_INTERVAL = 3  # numbers in a list that is shown; longer ones may be tokens
 # What each file says of itself.
 _HEAD = ("kind", "step", "commit", "versions", "created")
 _ROWS = 30  # of a table
@@ -155,7 +161,8 @@ def _nested(facts: Facts, file: str, path: _PATH, value: Any, section: Section) 
         if _is_shown(key, inside)
     ]
     inner = [(key, inside) for key, inside in entries if isinstance(inside, dict | list)]
-    as_rows = len(inner) > 1 and all(_is_flat(inside) for _, inside in inner)
+    several = len(inner) > 1 or isinstance(value, list)
+    as_rows = several and all(_is_flat(inside) for _, inside in inner)
     section.listing(scalars[:_ROWS], head=(words, ""))
     if as_rows:
         _rows(facts, file, path, inner, section)
@@ -179,7 +186,7 @@ def _rows(facts: Facts, file: str, path: _PATH, inner: list, section: Section) -
         cells: list[Cell] = [] if isinstance(key, int) else [str(key)]
         for column in columns:
             label = ": ".join(filter(None, (words, str(_word(key)), _word(column))))
-            shown = column in row and _is_shown(column, row[column])
+            shown = _is_shown(column, row.get(column))
             cells.append(facts.read(file, pointer(*path, key, column), label) if shown else "")
         rows.append(cells)
     first = [] if isinstance(inner[0][0], int) else [words]
@@ -187,7 +194,11 @@ def _rows(facts: Facts, file: str, path: _PATH, inner: list, section: Section) -
 
 
 def _entries(value: Any) -> Iterator[tuple[str | int, Any]]:
-    yield from value.items() if isinstance(value, dict) else enumerate(value)
+    """Yield the entries of a dict or list that may be shown."""
+    if isinstance(value, dict):
+        yield from ((key, inside) for key, inside in value.items() if key not in _HIDDEN)
+    elif len(value) <= _INTERVAL or not any(isinstance(one, int | float) for one in value):
+        yield from enumerate(value)
 
 
 def _is_flat(value: Any) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 from typing import Any
 
 from etils import epath
@@ -215,12 +216,23 @@ def _is_same(origin: dict, used: set[str]) -> bool:
     return bool(hashes & used)
 
 
-# An absolute path, in front of its last name. Not the // of a URL.
+# The folders of an absolute path in front of its last name, but not the // of a URL.
 _FOLDERS = re.compile(
     r"(?<![\w.~:/-])(?:~|/)(?:[^/\s'\",=:]*/)+(?=[^/\s'\",=:])|(?<![\w.~:/-])/(?=\w)"
 )
 
 
-def without_folders(text: str) -> str:
-    """Return ``text`` with the last name alone of each absolute path in it."""
-    return _FOLDERS.sub("", text.rstrip("/") if text.startswith("/") else text)
+def without_folders(path: str) -> str:
+    """Return the last name of an absolute local path; other paths and URLs as they are."""
+    if path.startswith(("/", "~")):
+        return os.path.basename(path.rstrip("/"))
+    return _FOLDERS.sub("", path)
+
+
+def command_without_folders(command: str) -> str:
+    """Return a command with the last name alone of each absolute path in it."""
+    words = []
+    for word in shlex.split(command):
+        # Flags hold paths behind one or two equals signs: --set=data.path=/data/web.
+        words.append("=".join(map(without_folders, word.split("="))))
+    return shlex.join(words)
