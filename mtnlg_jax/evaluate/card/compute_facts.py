@@ -205,8 +205,8 @@ def _watts(
     """Yield (kind of device, name of the fact of its watts)."""
     label = "Most power of a device"
     if energy.watts_per_device is not None:
-        value = energy.watts_per_device
-        facts.given(value, "--watts_per_device", "", "Power of a device", "W", "watts")
+        given = energy.watts_per_device
+        facts.given(given, "--watts_per_device", "", "Power of a device", "W", "watts")
         yield from ((kind, "watts") for kind in dict.fromkeys(kinds or [None]))
         return
     for number, kind in enumerate(dict.fromkeys(kinds or [None])):
@@ -240,6 +240,8 @@ def _result(section: Section, facts: Facts, energy: Energy, arithmetic: str) -> 
         )
     if energy.carbon_kg_per_kwh is not None and facts["energy"].known:
         facts.derive("emissions", "Carbon, estimated", "energy * carbon", "kg")
+        # The Hub's head has grams.
+        facts.derive("emissions_in_grams", "Carbon, estimated", "emissions * 1000", "g")
         section.blocks.append(f"Carbon: {facts.worked('emissions')}")
     else:
         section.blocks.append("Carbon: unknown.")

@@ -8,6 +8,7 @@ from mtnlg_jax.evaluate.card.facts import Fact, Facts, look_up, pointer
 from mtnlg_jax.evaluate.card.page import Cell, Section
 from mtnlg_jax.evaluate.card.run_files import CONFIG, RunFiles, without_folders
 
+_LEAST = 0.01  # share of the documents of a language that the head of a card names
 _PARTS = {"train": "to train on", "heldout": "held out"}
 
 
@@ -25,13 +26,27 @@ def data_sections(facts: Facts, run: RunFiles, show_paths: bool) -> list[Section
 
 
 def languages(facts: Facts) -> dict[str, int]:
-    """Return the number of documents by language code that the recipe's filters told."""
+    """Return the number of documents by language that the recipes of the data told, before they
+    dropped any."""
     found: dict[str, int] = {}
     for fact in facts:
         if "/tables/language/" in fact.key:
             code = fact.key.rpartition("/")[2]
             found[code] = found.get(code, 0) + fact.value
     return found
+
+
+def kept_languages(facts: Facts, run: RunFiles) -> list[str]:
+    """Return the codes of the languages of the data: those that the recipes kept, without those of
+    a few documents, which are often mistakes of the detector."""
+    counts = {code: count for code, count in languages(facts).items() if len(code) == 2}
+    sources = run.content[run.data].get("sources", []) if run.data else []
+    allowed: set[str] = set()
+    for source in sources:
+        wanted = source.get("report", {}).get("settings", {}).get("clean.languages")
+        allowed |= set(wanted or counts)
+    least = _LEAST * sum(counts.values())
+    return sorted(code for code, count in counts.items() if count >= least and code in allowed)
 
 
 def _blends(section: Section, facts: Facts, run: RunFiles, show_paths: bool) -> None:
@@ -133,11 +148,13 @@ def _stages(section: Section, read, source: dict) -> None:
     for number, stage in enumerate(stages):
         place = ("report", "stages", number)
         name = read("Stage of the recipe", *place, "name")
-        numbers = [
+        numbers: list[Fact | str] = [
             read(f"{stage['name']}: {what} {way}", *place, what, i)
             for what in ("documents", "bytes")
             for i, way in enumerate(("in", "out"))
         ]
+        if not number:  # nothing comes into the first stage, which reads
+            numbers[0] = numbers[2] = ""
         changes = []
         for what in ("dropped", "changed"):
             found = [

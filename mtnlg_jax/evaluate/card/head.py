@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from mtnlg_jax.evaluate.card.about import Stated
-from mtnlg_jax.evaluate.card.data_facts import languages
+from mtnlg_jax.evaluate.card.data_facts import kept_languages
 from mtnlg_jax.evaluate.card.facts import Facts
 from mtnlg_jax.evaluate.card.result_facts import is_of_this_run
 from mtnlg_jax.evaluate.card.run_files import RunFiles
@@ -29,11 +29,15 @@ def head(facts: Facts, run: RunFiles, stated: Mapping[str, Stated], folder: str)
     results = [*_held_out(run), *_tasks(run)]
     causal = any(stage.masked < 1 for stage in run.config.train.stages)
     given = {key: stated[key].value for key in stated if key.startswith("license")}
-    more = dict(given)
+    more: dict[str, Any] = dict(given)
     base = _base_model(run, stated)
     if base and run.config.train.init:
         more["base_model_relation"] = "adapter" if lora.used(run.config) else "finetune"
-    told = [code for code in languages(facts) if len(code) == 2]
+    emissions = next((fact for fact in facts if fact.name == "emissions_in_grams"), None)
+    if emissions is not None and emissions.known:
+        source = "devices, watts and hours, in the section on energy"
+        more["co2_eq_emissions"] = {"emissions": emissions.value, "source": source}
+    told = kept_languages(facts, run)
     return ModelCardData(
         language=stated["language"].value if "language" in stated else told or None,
         library_name="transformers" if _is_export(folder) else "mtnlg_jax",
@@ -89,7 +93,7 @@ def _tasks(run: RunFiles) -> Iterator[EvalResult]:
 
 
 def _result(
-    kind: str, name: str, metric: str, value: float, words: str, args: dict[str, Any] | None = None
+    kind: str, name: str, metric: str, value: Any, words: str, args: dict[str, Any] | None = None
 ) -> EvalResult:
     return EvalResult(
         task_type="text-generation",

@@ -196,7 +196,9 @@ def _rows(facts: Facts, file: str, path: _PATH, inner: list, section: Section) -
 def _entries(value: Any) -> Iterator[tuple[str | int, Any]]:
     """Yield the entries of a dict or list that may be shown."""
     if isinstance(value, dict):
-        yield from ((key, inside) for key, inside in value.items() if key not in _HIDDEN)
+        for key, inside in value.items():
+            if key not in _HIDDEN:
+                yield key, inside
     elif len(value) <= _INTERVAL or not any(isinstance(one, int | float) for one in value):
         yield from enumerate(value)
 

@@ -1,6 +1,7 @@
 """Check a card figure by figure against the files of its run."""
 
 import datetime
+import hashlib
 import json
 import math
 import re
@@ -116,6 +117,9 @@ def test_times_devices_and_energy_by_hand(run):
     assert card.facts["device_hours"].value == pytest.approx(hours, rel=1e-9)
     assert card.facts["energy"].value == pytest.approx(hours * 65 / 1000 * 1.2, rel=1e-9)
     assert card.facts["emissions"].value == pytest.approx(hours * 65 / 1000 * 1.2 * 0.4, rel=1e-9)
+    grams = card.data.to_dict()["co2_eq_emissions"]["emissions"]
+    assert grams == pytest.approx(hours * 65 * 1.2 * 0.4, rel=1e-9)
+    assert "co2_eq_emissions" not in build(run).data.to_dict()
     assert card.facts["resumes"].value == 1
     shown = re.search(r"Energy: ([\d.e-]+) × 65 / 1000 × 1.2 = ([\d.e-]+) kWh", card.above)
     assert float(shown[2]) == pytest.approx(float(shown[1]) * 65 / 1000 * 1.2, rel=1e-3)
@@ -207,6 +211,53 @@ def test_results_by_source_in_the_metrics_are_told(run):
     assert "| sources, books, causal loss | 0.1667 | 6 | 0.1667 | 6 |" in card.above
     assert "| hellaswag acc | 0.25 | 6 |  |  |" in card.above
     assert "| Privacy spent: epsilon | 0.75 |" in card.above
+
+
+def test_the_stages_of_a_recipe_are_told(run, put):
+    stages = [
+        {"name": "read", "documents": [0, 913], "bytes": [0, 8000], "dropped": {}, "changed": {}},
+        {
+            "name": "clean",
+            "documents": [913, 806],
+            "bytes": [8000, 7001],
+            "dropped": {"too_short": 105, "language": 2},
+            "changed": {"e-mail": 31},
+            "tables": {"language": {"en": 811, "fr": 99, "nb": 1, "too short to tell": 2}},
+        },
+    ]
+    part = {"name": "web", "documents": 806, "tokens": 1777, "bytes_per_token": 3.94}
+    part |= {"weight": 1.0, "epochs": 2.5}
+    data = json.loads((run / "data.json").read_text())
+    settings: dict = {"clean.languages": []}
+    report = {"name": "sea", "settings": settings, "stages": stages, "blend": [part]}
+    data["sources"][0]["report"] = report
+    put(run / "data.json", data)
+    card = build(run)
+    for line in (
+        "| read |  | 913 |  | 8,000 |  |  |",
+        "| clean | 913 | 806 | 8,000 | 7,001 | too\\_short: 105; language: 2 | e-mail: 31 |",
+        "| clean: fr | 99 |",
+        "| web | 806 | 1,777 | 3.94 | 1 | 2.5 |",
+    ):
+        assert line in card.above, line
+    # One Norwegian document of 911 is more likely a mistake.
+    assert card.data.language == ["en", "fr"]
+    assert strays(render(card), card) == set()
+    settings["clean.languages"] = ["en"]
+    put(run / "data.json", data)
+    assert build(run).data.language == ["en"]
+
+
+def test_the_trained_parameters_of_adapters_are_counted(run, put):
+    change(run, put, {"train": {"init": "base"}, "optimizer": {"lora_rank": 2}})
+    path = run / "checkpoints/6/record.json"
+    record = json.loads(path.read_text().partition("\n")[2])
+    record["arrays"] |= {"params.lora.a_DR": "float32[16, 2]", "params.lora.b_RD": "float32[2, 16]"}
+    body = json.dumps(record)
+    path.write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
+    card = build(run)
+    assert "| Trained parameters | 64 |" in card.above
+    assert "| Low-rank adaptation: targets | q, v |" in card.above
 
 
 def test_huggingface_hub_reads_the_card(run):
