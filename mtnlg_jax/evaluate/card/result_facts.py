@@ -176,7 +176,7 @@ def _nested(facts: Facts, file: str, path: _PATH, value: Any, section: Section) 
 def _rows(facts: Facts, file: str, path: _PATH, inner: list, section: Section) -> None:
     """Add a table of dicts of numbers, one a row."""
     words = _words(path)
-    columns: dict[str, None] = {}
+    columns: dict[str | int, None] = {}
     for _, row in inner:
         columns |= dict.fromkeys(key for key, value in _entries(row) if _is_shown(key, value))
     if not columns:
@@ -200,7 +200,8 @@ def _entries(value: Any) -> Iterator[tuple[str | int, Any]]:
             if key not in _HIDDEN:
                 yield key, inside
     elif len(value) <= _INTERVAL or not any(isinstance(one, int | float) for one in value):
-        yield from enumerate(value)
+        for number, inside in enumerate(value):
+            yield number, inside
 
 
 def _is_flat(value: Any) -> bool:

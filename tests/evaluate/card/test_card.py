@@ -88,7 +88,10 @@ def test_every_fact_is_in_its_file(run):
 
 def test_parameters_and_flops_by_hand(run):
     facts = build(run).facts
-    rows, width, layers, length = 384, 16, 1, 32
+    rows = 384
+    width = 16
+    layers = 1
+    length = 32
     record = json.loads((run / "checkpoints/6/record.json").read_text().partition("\n")[2])
     sizes = {
         name: math.prod(map(int, re.findall(r"\d+", shape.partition("[")[2])))
