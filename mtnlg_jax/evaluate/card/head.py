@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from mtnlg_jax.evaluate.card.about import Stated
 from mtnlg_jax.evaluate.card.data_facts import kept_languages
-from mtnlg_jax.evaluate.card.facts import Facts
+from mtnlg_jax.evaluate.card.facts import Facts, pointer
 from mtnlg_jax.evaluate.card.result_facts import is_of_this_run
 from mtnlg_jax.evaluate.card.run_files import RunFiles
 from mtnlg_jax.train import lora
@@ -26,7 +26,7 @@ _HELD_OUT = {
 
 def head(facts: Facts, run: RunFiles, stated: Mapping[str, Stated], folder: str) -> ModelCardData:
     """Return the head of the card of ``run`` that is to lie in ``folder``."""
-    results = [*_held_out(run), *_tasks(run)]
+    results = [*_held_out(facts, run), *_tasks(facts, run)]
     causal = any(stage.masked < 1 for stage in run.config.train.stages)
     given = {key: stated[key].value for key in stated if key.startswith("license")}
     more: dict[str, Any] = dict(given)
@@ -69,24 +69,30 @@ def _is_export(folder: str) -> bool:
     return isinstance(found, dict) and "model_type" in found
 
 
-def _held_out(run: RunFiles) -> Iterator[EvalResult]:
-    record = run.content.get(run.record(run.best), {})
-    found = record.get("meta", {}).get("metrics", {})
+def _held_out(facts: Facts, run: RunFiles) -> Iterator[EvalResult]:
+    record = run.record(run.best)
+    found = run.content.get(record, {}).get("meta", {}).get("metrics", {})
     for key, metric in _HELD_OUT.items():
         if _is_number(found.get(key)):
-            yield _result("held-out", "held-out text of the run", metric, found[key], key)
+            words = f"Checkpoint: held out, {key.replace('_', ' ')}"
+            fact = facts.read(record, pointer("meta", "metrics", key), words)
+            yield _result("held-out", "held-out text of the run", metric, fact.value, key)
 
 
-def _tasks(run: RunFiles) -> Iterator[EvalResult]:
+def _tasks(facts: Facts, run: RunFiles) -> Iterator[EvalResult]:
     for file in run.evaluations:
         # Results of another run, or of another checkpoint of this one, are in the text alone.
         if not is_of_this_run(run, file) or run.content[file].get("step") != run.best:
             continue
         tasks = run.content[file].get("tasks")
         for task, result in tasks.items() if isinstance(tasks, dict) else ():
+            if not isinstance(result, dict):
+                continue
             shots = result.get("num_fewshot")
             for metric, found in (result.get("metrics") or {}).items():
-                value = found.get("value") if isinstance(found, dict) else found
+                place = ["tasks", task, "metrics", metric]
+                place += ["value"] if isinstance(found, dict) else []
+                value = facts.read(file, pointer(*place), f"{task}: {metric}").value
                 if _is_number(value):
                     args = {} if shots is None else {"num_few_shot": shots}
                     yield _result(task, task, metric, value, metric, args)
