@@ -68,7 +68,9 @@ def build_card(
         _environment(facts, run, show_paths),
     ]
     above = markdown(sections)
-    return Card(facts, head(facts, run, stated, folder), above, markdown([sources(facts)]))
+    return Card(
+        facts, head(facts, run, stated, folder), above, markdown([sources(facts, show_paths)])
+    )
 
 
 def _opening(facts: Facts, run: RunFiles) -> str:

@@ -13,9 +13,11 @@ import math
 import operator
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+# The folders of an absolute path that is a part of a JSON Pointer.
+POINTED_FOLDERS = re.compile(r"(?<=/)~1(?:[^/]*~1)+")
 # Lines of a JSON-lines file: (number of the line, object).
 Rows = list[tuple[int, dict]]
 
@@ -141,7 +143,8 @@ class Facts:
 
     def _free(self, file: str, key: str) -> str:
         """Return a name for a fact that no arithmetic refers to."""
-        base = re.sub(r"\W+", "_", f"{file}{key}").strip("_").lower()
+        base = f"{file}{POINTED_FOLDERS.sub('', key)}"
+        base = re.sub(r"\W+", "_", base).strip("_").lower()
         name = base
         number = 2
         while name in self._facts:
@@ -224,20 +227,3 @@ def _value(node: ast.AST, values: Mapping[str, Any]) -> Any:
     if isinstance(node, ast.Constant):
         return node.value
     raise ValueError(f"{ast.dump(node)} is not arithmetic")
-
-
-def flat(
-    value: Any, path: tuple[str | int, ...] = ()
-) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """Yield (path, value) of the numbers, texts and truth values in nested dicts and lists."""
-    entries: Iterable[tuple[str | int, Any]]
-    if isinstance(value, dict):
-        entries = value.items()
-    elif isinstance(value, list):
-        entries = enumerate(value)
-    else:
-        if value is not None:
-            yield path, value
-        return
-    for key, inside in entries:
-        yield from flat(inside, (*path, key))

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 
-from mtnlg_jax.evaluate.card.facts import ARITHMETIC, Fact, Facts
+from mtnlg_jax.evaluate.card.facts import ARITHMETIC, POINTED_FOLDERS, Fact, Facts
 
 NOT_STATED = "The authors have not stated it."
 # Longest value in the table of sources.
@@ -43,13 +43,14 @@ def markdown(sections: Iterable[Section]) -> str:
     return "\n\n".join(_section(section) for section in sections) + "\n"
 
 
-def sources(facts: Facts) -> Section:
+def sources(facts: Facts, show_paths: bool = False) -> Section:
     """Return the section that names the file and the key of every fact."""
     rows: list[list[Cell]] = []
     for fact in facts:
         value = fact.shown if len(fact.shown) <= _LONG else fact.shown[:_LONG] + "…"
         where = fact.file if fact.file == ARITHMETIC else f"`{fact.file}`"
-        rows.append([f"`{fact.name}`", fact.label, value, where, f"`{fact.key}`"])
+        key = fact.key if show_paths else POINTED_FOLDERS.sub("…", fact.key)
+        rows.append([f"`{fact.name}`", fact.label, value, where, f"`{key}`"])
     section = Section("Sources of the figures")
     section.blocks.append(
         "Each figure of this card was read from a file of the run, or computed from such figures. "

@@ -68,6 +68,7 @@ TASKS = {
 AUDIT = {
     "kind": "audit",
     "step": 4,
+    "settings": {"passages": 246},
     "extraction": {
         "rows": [
             {"prefix_tokens": 16, "copies": 1, "share": 0.0123, "text": "hidden text 99887"},
@@ -88,7 +89,22 @@ BIAS = {
             "she": {"sentiment": 0.0456, "rows": 19},
         }
     },
-    "pairs": {"preferred": 0.5678, "trivial": 0.5, "interval": [0.52, 0.61]},
+    "pairs": {
+        "/home/jane/crows.csv": {
+            "by": {
+                "all": {"pairs": 55, "stereotype": {"share": 0.5678, "low": 0.52}},
+                "gender": {"pairs": 21, "stereotype": {"share": 0.6789, "low": 0.53}},
+            },
+            "seconds": {"scoring": 123.25},
+        }
+    },
+    "sets": {
+        "groups": {
+            "A": {"count": 31, "mean": 0.1, "low": 0.05, "high": 0.15},
+            "B": {"count": 32, "mean": 0.2, "low": 0.15, "high": 0.25},
+        },
+        "overall": {"count": 63, "mean": 0.15},
+    },
 }
 PRIVACY = {
     "kind": "privacy",
