@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config, to_json
-from mtnlg_jax.data.origins import origins
+from mtnlg_jax.data.provenance import provenance
 from mtnlg_jax.parallel.mesh import described, plan_table
 from mtnlg_jax.storage import write_file
 from mtnlg_jax.train import lora
@@ -181,7 +181,7 @@ def _data(config: Config) -> bytes:
     paths = [path for blend in blends for path, _ in blend]
     # A file that cannot be read matters to no step; opening the data has told what does.
     try:
-        found = origins(paths)
+        found = provenance(paths)
     except (OSError, ValueError):
         found = [{"path": path} for path in dict.fromkeys(paths)]
     return json.dumps({"sources": found}, indent=1).encode()

@@ -122,8 +122,9 @@ def _tokenizer(read, source: dict) -> Iterator[Fact]:
 
 def _canaries(read, source: dict) -> Iterator[Fact]:
     if "canaries" in source:
-        yield read("Canaries planted", "canaries", "number")
+        yield read("Canaries planted", "canaries", "planted")
         yield read("Copies of them", "canaries", "copies")
+        yield read("Canaries drawn as controls and not planted", "canaries", "controls")
 
 
 def _input(section: Section, read, source: dict) -> None:

@@ -11,7 +11,7 @@ from etils import epath
 
 from mtnlg_jax import storage
 from mtnlg_jax.config import Config, from_json
-from mtnlg_jax.data.origins import origins
+from mtnlg_jax.data.provenance import provenance
 from mtnlg_jax.evaluate.card.facts import Rows
 from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train import manifest
@@ -197,7 +197,7 @@ def _data_folders(config: Config, content: dict[str, Any], step: int | None) -> 
     record = content.get(f"checkpoints/{step}/{manifest.RECORD}", {})
     used = set(record.get("meta", {}).get("identity", {}).get("data", {}).values())
     try:
-        found = origins(there)
+        found = provenance(there)
     except (OSError, ValueError):
         return ""
     kept = [each if _is_same(each, used) else {"path": each["path"]} for each in found]

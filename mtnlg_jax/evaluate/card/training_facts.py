@@ -214,25 +214,35 @@ def _results(row: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]
 
 
 def _held_out(section: Section, facts: Facts, run: RunFiles) -> None:
-    """Add a table of each result of the evaluations: the last value and, of losses, the best."""
-    evaluations = run.rows(METRICS, "eval")
+    """Add the results of the evaluations, and of tasks that were scored while the run trained."""
+    _results_table(section, facts, run, "eval", "held out")
+    if not run.rows(METRICS, "eval"):
+        section.blocks.append("Nothing was held out, so there is no held-out loss.")
+    _results_table(section, facts, run, "tasks", "tasks, while training")
+
+
+def _results_table(section: Section, facts: Facts, run: RunFiles, kind: str, title: str) -> None:
+    """Add a table of each result of the records of ``kind``: the last value and, of losses, the
+    best."""
+    evaluations = run.rows(METRICS, kind)
     places = dict.fromkeys(place for row in evaluations for place in _results(row))
     rows: list[list[Cell]] = []
     for place in places:
         words = ", ".join(part.replace("_", " ") for part in place)
         found = [(row["step"], _at(row, place)) for row in evaluations]
         steps = {step: value for step, value in found if value is not None}
+        if not steps:
+            continue
         last = max(steps)
-        row: list[Cell] = [words, *_at_step(facts, last, place, f"Held out: {words}")]
+        label = f"{title.capitalize()}: {words}"
+        row: list[Cell] = [words, *_at_step(facts, kind, last, place, label)]
         if any("loss" in part for part in place):
             best = min(steps, key=lambda step: (steps[step], step))
-            row += _at_step(facts, best, place, f"Held out: {words}")
+            row += _at_step(facts, kind, best, place, label)
         else:
             row += ["", ""]
         rows.append(row)
-    section.table(("held out", "last", "at step", "best", "at step"), rows)
-    if not rows:
-        section.blocks.append("Nothing was held out, so there is no held-out loss.")
+    section.table((title, "last", "at step", "best", "at step"), rows)
 
 
 def _at(row: dict, place: tuple[str, ...]) -> float | None:
@@ -242,8 +252,8 @@ def _at(row: dict, place: tuple[str, ...]) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _at_step(facts: Facts, step: int, place: tuple[str, ...], label: str) -> list[Cell]:
-    line = f"[kind=eval, step={step}]"
+def _at_step(facts: Facts, kind: str, step: int, place: tuple[str, ...], label: str) -> list[Cell]:
+    line = f"[kind={kind}, step={step}]"
     value = facts.read(METRICS, line + pointer(*place), label)
     return [value, facts.read(METRICS, f"{line}/step", "Evaluation: step")]
 

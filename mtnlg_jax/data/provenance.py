@@ -18,17 +18,17 @@ _OF_REPORT = ("name", "settings", "blend", "train_tokens", "tokens", "outputs")
 _OF_STAGE = ("name", "documents", "bytes", "dropped", "changed", "tables", "note")
 
 
-def origins(paths: Iterable[str]) -> list[dict]:
+def provenance(paths: Iterable[str]) -> list[dict]:
     """Return what is recorded of each prepared folder or Megatron prefix of ``paths``, JSON-able.
 
     The keys are path and, where there is such a file, prepared, report and canaries; of a Megatron
     prefix documents and tokens. Of one source of a recipe's output, OUT/sources/NAME, the files are
     those of OUT. A damaged file counts as missing, since a run needs none of them.
     """
-    return [_origin(path) for path in dict.fromkeys(paths)]
+    return [_provenance(path) for path in dict.fromkeys(paths)]
 
 
-def _origin(path: str) -> dict:
+def _provenance(path: str) -> dict:
     if prefix_of(path):
         tokens = open_megatron(path)
         return {"path": path, "documents": tokens.documents, "tokens": len(tokens)}
@@ -71,10 +71,12 @@ def _report(info: dict) -> dict:
 
 
 def _canaries(info: dict) -> dict:
-    """Return the number of planted texts and of their copies; the texts themselves are secrets."""
-    planted = info.get("canaries") or []
-    copies = sum(each.get("copies", 0) for each in planted)
-    return {"number": len(planted), "copies": copies} if planted else {}
+    """Return the number of planted texts, of their copies and of controls without a copy; the texts
+    themselves are secrets."""
+    copies = [each.get("copies", 0) for each in info.get("canaries") or []]
+    planted = sum(count > 0 for count in copies)
+    counts = {"planted": planted, "copies": sum(copies), "controls": len(copies) - planted}
+    return counts if copies else {}
 
 
 def _counts(notes: dict) -> dict[str, int]:
