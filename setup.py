@@ -83,6 +83,8 @@ setup(
         # Chat templates. Earlier ones have known ways out of the sandbox.
         "jinja2>=3.1.6,<4",
         "safetensors>=0.8,<0.9",
+        # The head of model cards; comes with tokenizers as well.
+        "huggingface-hub>=1,<3",
         # config.yml of MaxText.
         "pyyaml>=6,<7",
         "sacrebleu>=2.6,<3",
@@ -124,6 +126,7 @@ setup(
             "mtnlg-compile-ahead=mtnlg_jax.cli.compile_ahead:run",
             "mtnlg-convert=mtnlg_jax.cli.convert:run",
             "mtnlg-serve=mtnlg_jax.cli.serve:run",
+            "mtnlg-model-card=mtnlg_jax.cli.model_card:run",
         ],
     },
     extras_require={

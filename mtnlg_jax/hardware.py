@@ -205,12 +205,50 @@ _BF16_FLOPS = (
 )
 
 
+# Watts of one device by JAX's device_kind without the vendor: the most that the card or chip draws,
+# without its host and its cooling. A pattern must match the whole name. Google has not published
+# the power of its chips after v4, and where a vendor's figure is a range nothing is listed.
+_WATTS = (
+    (r"A100[- ]SXM4?[- ](40|80)GB", 400.0, _SHEET),
+    (r"A100[- ]PCI[Ee][- ]40GB", 250.0, _SHEET),
+    (r"A100[- ]PCI[Ee][- ]80GB|A100 80GB PCIe", 300.0, _SHEET),
+    (r"A30", 165.0, _SHEET),
+    (r"A40", 300.0, _SHEET),
+    (r"A10", 150.0, _SHEET),
+    (r"L4", 72.0, _SHEET),
+    (r"L40", 300.0, _SHEET),
+    (r"L40S", 350.0, _SHEET),
+    (r"H100( \d+GB HBM3)?", 700.0, _SHEET + ", SXM"),
+    (r"H100 PCIe", 350.0, "NVIDIA product brief PB-11133"),
+    (r"H200", 700.0, _SHEET + ", SXM"),
+    (r"H200 NVL", 600.0, _SHEET),
+    (r"RTX A6000|RTX 6000 Ada Generation", 300.0, _SHEET),
+    (r"Instinct MI300X( .*)?", 750.0, "AMD data sheet"),
+    (r"TPU v4", 192.0, "Google Cloud, TPU v4 page"),
+)
+
+
+def _without_vendor(device_kind: str) -> str:
+    return re.sub(r"^(NVIDIA|AMD|Tesla) ", "", device_kind)
+
+
+def watts_of(device_kind: str) -> tuple[float, str] | None:
+    """Return (most watts of one device of ``device_kind``, the source); None if unknown.
+
+    It is None of CPUs, and of a slice of a card.
+    """
+    name = _without_vendor(device_kind)
+    return next(
+        ((watts, source) for kind, watts, source in _WATTS if re.fullmatch(kind, name)), None
+    )
+
+
 def dense_flops(device_kind: str) -> float | None:
     """Return the dense bf16 peak, FLOP/s, of one device of ``device_kind``; None if unknown."""
     for chip in CHIPS.values():
         if device_kind in chip.kinds:
             return chip.flops
-    name = re.sub(r"^(NVIDIA|AMD|Tesla) ", "", device_kind)
+    name = _without_vendor(device_kind)
     if "MIG" in name.split():
         return None
     return next((flops for kind, flops, _ in _BF16_FLOPS if re.fullmatch(kind, name)), None)

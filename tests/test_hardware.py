@@ -7,7 +7,7 @@ import pytest
 
 from mtnlg_jax import compat
 from mtnlg_jax.config import ModelConfig
-from mtnlg_jax.hardware import CHIPS, flops_per_token, layer_flops, parse_chips
+from mtnlg_jax.hardware import CHIPS, flops_per_token, layer_flops, parse_chips, watts_of
 from mtnlg_jax.train import metrics
 from mtnlg_jax.train.metrics import peak_flops
 
@@ -97,6 +97,27 @@ def test_chip_names_are_read(text, chips):
 def test_unknown_chips_raise_an_error(text, words):
     with pytest.raises(ValueError, match=words):
         parse_chips(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "watts"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 400),
+        ("NVIDIA A100 80GB PCIe", 300),
+        ("NVIDIA H100 80GB HBM3", 700),
+        ("NVIDIA H100 PCIe", 350),
+        ("TPU v4", 192),
+        ("TPU v5 lite", None),
+        ("TPU v6 lite", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("cpu", None),
+    ],
+)
+def test_the_power_of_a_device_has_a_source_or_is_unknown(kind, watts):
+    found = watts_of(kind)
+    assert (found is None) == (watts is None)
+    if found:
+        assert found[0] == watts and found[1]
 
 
 def running(monkeypatch, kind, platform="gpu", count=4):

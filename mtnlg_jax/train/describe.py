@@ -13,10 +13,11 @@ import jax
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config, TrainConfig, to_json
+from mtnlg_jax.data.provenance import provenance
 from mtnlg_jax.parallel.mesh import described, plan_table
 from mtnlg_jax.storage import write_file
 from mtnlg_jax.train import lora
-from mtnlg_jax.train.metrics import environment
+from mtnlg_jax.train.metrics import environment, read_metrics
 from mtnlg_jax.train.schedule import samples_at_end
 
 README = """A run of mtnlg_jax (launch/pretrain.py). The same command resumes it.
@@ -24,6 +25,7 @@ README = """A run of mtnlg_jax (launch/pretrain.py). The same command resumes it
 checkpoints/      the last states and the best one; a folder for each step, with parameters and
                   optimizer state
 config.json       all settings of the last start; starts.jsonl: every start and what it changed
+data.json         counts of the data, as their preparation recorded them
 environment.json  date, command, commit, versions, devices and compiler flags of the last start
 tokenizer/        the tokenizer of the data and of generated text
 huggingface/      of a run that came from a model of another format: its config.json, tokenizer and
@@ -36,6 +38,7 @@ stacks-N.txt      stacks of process N when it no longer made progress; .lock-N: 
 
 python launch/generate.py --workdir=THIS --prompt="Once upon a time"
 python launch/evaluate.py --workdir=THIS --input=FILE
+python launch/model_card.py --workdir=THIS
 """
 
 
@@ -134,10 +137,12 @@ def _every(steps: int) -> str:
 
 
 def write(config: Config, workdir: str, first: int) -> None:
-    """Write config.json, environment.json and README.txt, and append a line to starts.jsonl.
+    """Write config.json, data.json, environment.json and README.txt, and append a line to
+    starts.jsonl.
 
     The first line of starts.jsonl holds all settings; later lines hold those that differ from the
-    previous start, as {key: [before, now]}.
+    previous start, as {key: [before, now]}. "reached" is the last record of metrics.jsonl before
+    this start, which drops the records of steps that it repeats. Call this before `MetricsLog`.
     """
     text = to_json(config)
     now: dict[str, Any] = {
@@ -161,7 +166,12 @@ def write(config: Config, workdir: str, first: int) -> None:
         settings = {"config": json.loads(text)}
     else:
         settings = {"changed": _changes(before, json.loads(text))}
-    start = now | {"step": first, "versions": found["versions"]} | settings
+    start = (
+        now | {"step": first} | {key: found[key] for key in ("versions", "devices", "processes")}
+    )
+    start |= settings
+    if records := read_metrics(os.path.join(workdir, "metrics.jsonl")):
+        start["reached"] = {key: records[-1].get(key) for key in ("step", "time")}
     # A lone surrogate, from a flag that is not UTF-8, is written as JSON's escape.
     line = json.dumps(start, ensure_ascii=False) + "\n"
     # Before config.json is replaced: a kill in between repeats a change in the next line instead of
@@ -170,8 +180,20 @@ def write(config: Config, workdir: str, first: int) -> None:
         file.write(line.encode(errors="backslashreplace"))
     described = json.dumps(now | found, indent=1, ensure_ascii=False)
     write_file(workdir, "config.json", text.encode())
+    write_file(workdir, "data.json", _data(config))
     write_file(workdir, "environment.json", described.encode(errors="backslashreplace"))
     write_file(workdir, "README.txt", README.encode())
+
+
+def _data(config: Config) -> bytes:
+    blends = [config.data.sources, *(stage.blend for stage in config.train.stages)]
+    paths = [path for blend in blends for path, _ in blend]
+    # A file that cannot be read matters to no step; opening the data has told what does.
+    try:
+        found = provenance(paths)
+    except (OSError, ValueError):
+        found = [{"path": path} for path in dict.fromkeys(paths)]
+    return json.dumps({"sources": found}, indent=1).encode()
 
 
 def command_line() -> str:

@@ -132,11 +132,13 @@ class MetricsLog:
         self._board = self._new_board(purge_step=step + 1)
 
     def write(self, record: dict) -> None:
-        """Append ``record``, which has "kind" (train | eval | tasks) and "step".
+        """Append ``record``, which has "kind" (train | eval | tasks) and "step", with its "time".
 
-        Its numbers go to TensorBoard under kind/name. A number that is not finite is null in the
-        file, because JSON cannot express it.
+        That is in seconds since 1970 (UTC); with the dates of starts.jsonl it tells how long the
+        run took. The other numbers go to TensorBoard under kind/name. A number that is not finite
+        is null in the file, because JSON cannot express it.
         """
+        record = record | {"time": round(time.time(), 3)}
         self.records.append(record)
         if not self.writing:
             return
@@ -151,7 +153,9 @@ class MetricsLog:
         if self._behind:
             return
         for name, value in record.items():
-            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+            if name in ("step", "time"):
+                continue
+            if isinstance(value, int | float) and math.isfinite(value):
                 self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def has(self, kind: str, step: int) -> bool:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "launch" / "cluster"
 PATIENCE = 240  # seconds, for a start on a busy machine
 HEARTBEAT = 8  # seconds
-MEASURED = {"tokens_per_second", "mfu"}  # of the clock, not of the run
+MEASURED = {"tokens_per_second", "mfu", "time"}  # of the clock, not of the run
 # One process reduces in its memory, several reduce over gloo in a different order: the difference
 # was measured as one unit in the last place of a float32.
 OTHER_ORDER = 4e-7

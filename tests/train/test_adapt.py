@@ -104,7 +104,11 @@ def train(config, workdir, stop_before=None):
 
 def numbers(workdir):
     return [
-        {key: value for key, value in record.items() if key not in ("tokens_per_second", "mfu")}
+        {
+            key: value
+            for key, value in record.items()
+            if key not in ("tokens_per_second", "mfu", "time")
+        }
         for record in read_metrics(os.path.join(workdir, "metrics.jsonl"))
     ]
 

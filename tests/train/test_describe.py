@@ -20,6 +20,7 @@ from mtnlg_jax.config import (
 )
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import describe
+from mtnlg_jax.train.metrics import MetricsLog
 
 CONFIG = Config(
     model=ModelConfig(
@@ -106,6 +107,7 @@ def test_the_folder_records_every_start(tmp_path, monkeypatch):
     for name in (
         "checkpoints/",
         "config.json",
+        "data.json",
         "environment.json",
         "starts.jsonl",
         "metrics.jsonl",
@@ -113,6 +115,27 @@ def test_the_folder_records_every_start(tmp_path, monkeypatch):
     ):
         assert name in names
     assert "pip install tensorboard" in names
+
+
+def test_a_start_records_its_devices_and_how_far_the_one_before_came(tmp_path):
+    describe.write(CONFIG, str(tmp_path), 0)
+    log = MetricsLog(str(tmp_path), 0)
+    for step in (26, 27):
+        log.write({"kind": "train", "step": step, "loss": 2.0})
+    log.close()
+    describe.write(CONFIG, str(tmp_path), 25)
+    first, second = map(json.loads, (tmp_path / "starts.jsonl").read_text().splitlines())
+    assert "reached" not in first
+    assert second["reached"] == {"step": 27, "time": log.records[-1]["time"]}
+    for start in (first, second):
+        assert start["devices"]["count"] == jax.device_count() and start["processes"] == 1
+    # Of data that are not there only the path is known.
+    assert json.loads((tmp_path / "data.json").read_text()) == {"sources": [{"path": "/my data"}]}
+    # A run of an earlier version has records without times.
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 3}\n')
+    describe.write(CONFIG, str(tmp_path), 0)
+    last = (tmp_path / "starts.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["reached"] == {"step": 3, "time": None}
 
 
 def test_the_commit_of_a_checkout_is_recorded(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from mtnlg_jax.train.checkpoint import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30
-MEASURED = {"tokens_per_second", "mfu"}  # measured times, which differ between runs
+MEASURED = {"tokens_per_second", "mfu", "time"}  # measured times, which differ between runs
 PATIENCE = 180  # seconds that a start may take on a busy machine
 
 

@@ -1,0 +1,1 @@
+"""Model cards: figures of a run, each from one of its files, as a page for people and machines."""
