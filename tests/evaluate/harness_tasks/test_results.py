@@ -115,6 +115,12 @@ def test_a_training_row_that_equals_a_question(known, rows_of):
     task = results["tasks"]["arc_easy"]
     assert (task["fewshot_source"], task["equal_examples"]) == ("train", 1)
     assert model.seen[0][0].count("q0") == 1
+    boolq = [{"passage": f"p{n}", "question": "q", "label": 0} for n in range(3)]
+    rows_of("boolq/train.jsonl", boolq)
+    rows_of("boolq/dev.jsonl", [{"passage": "new", "question": "q", "label": 0}])
+    assert run.run_tasks(model, ["boolq"], task_data=folder, num_fewshot=2)["tasks"]["boolq"]
+    with pytest.raises(ValueError, match=r"num_fewshot=3 needs 4 rows .* has 3; ask for 2"):
+        run.run_tasks(model, ["boolq"], task_data=folder, num_fewshot=3)
     with pytest.raises(ValueError, match="only 2 rows of the task arc_easy differ"):
         run.run_tasks(model, ["arc_easy"], task_data=folder, num_fewshot=3)
     with pytest.raises(ValueError, match=r"num_fewshot=4 needs 4 rows .* has 3; ask for 3"):
