@@ -1,10 +1,15 @@
 """Installs mtnlg_jax. Ranges say what the code is written for; launch/constraints.txt says what is
 tested."""
 
+import base64
+import hashlib
 import re
+import zipfile
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).parent
 # Read, not imported: a build runs in an environment of its own, where this folder is not
@@ -12,6 +17,47 @@ ROOT = Path(__file__).parent
 VERSION = re.search(
     r'^__version__ = "(.+)"$', (ROOT / "mtnlg_jax/__init__.py").read_text(), re.MULTILINE
 )[1]
+# Python runs the lines of .pth files that begin with "import" at its start.
+PLUGIN = "mtnlg_jax_lm_eval.pth"
+
+
+def plugin() -> str:
+    """Return mtnlg_jax/evaluate/plugin.py as one line that cannot fail."""
+    code = (ROOT / "mtnlg_jax/evaluate/plugin.py").read_text()
+    inside = "".join(f"    {line}\n" for line in code.splitlines())
+    return f"import sys; exec({f'try:{chr(10)}{inside}except Exception: pass'!r}, {{}})\n"
+
+
+class BuildWithPlugin(build_py):
+    """Put the .pth file beside the package."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            (Path(self.build_lib) / PLUGIN).write_text(plugin())
+
+    def get_outputs(self, *args, **options):
+        return [*super().get_outputs(*args, **options), str(Path(self.build_lib) / PLUGIN)]
+
+
+class EditableWithPlugin(editable_wheel):
+    """Put the .pth file into the wheel of an editable installation, which has links alone."""
+
+    def run(self):
+        super().run()
+        (path,) = Path(self.dist_dir).glob("*.whl")
+        content = plugin().encode()
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        with zipfile.ZipFile(path) as wheel:
+            files = {each.filename: wheel.read(each) for each in wheel.infolist()}
+        record = next(name for name in files if name.endswith(".dist-info/RECORD"))
+        files[record] += f"{PLUGIN},sha256={digest},{len(content)}\n".encode()
+        # RECORD comes last.
+        files = {PLUGIN: content, **files}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+            for name, data in files.items():
+                wheel.writestr(name, data)
+
 
 setup(
     name="mtnlg_jax",
@@ -28,6 +74,7 @@ setup(
             "evaluate/harness_tasks/*.yaml",
         ]
     },
+    cmdclass={"build_py": BuildWithPlugin, "editable_wheel": EditableWithPlugin},
     python_requires=">=3.12",
     install_requires=[
         # Pallas and the typing of shard_map move with each minor release of JAX.

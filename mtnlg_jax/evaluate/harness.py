@@ -1,7 +1,7 @@
 """lm-evaluation-harness over a model of this package (extra ``eval``).
 
     lm_eval --model mtnlg --model_args workdir=RUN --tasks lambada_openai
-    python launch/lm_eval.py --model mtnlg --model_args workdir=RUN --tasks piqa
+    python -m mtnlg_jax.evaluate.lm_eval --model mtnlg --model_args workdir=RUN --tasks piqa
 
 In Python: ``lm_eval.simple_evaluate(model=MtnlgLM.of(decoder, tokenizer), tasks=[...])``.
 
@@ -16,6 +16,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Self
 
+# First, since the harness looks for its own models only where none is known yet.
+import lm_eval.models  # noqa: F401
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -51,14 +53,14 @@ class MtnlgLM(TemplateLM):
           checkpoint: "best" or "last", of a run.
           given: of --model_args: dtype ("float32", "bfloat16"), weights ("int8"), data, tensor,
             context, expert, pipe (sizes of the mesh), memory_check (False: load a model although
-            it does not fit), coordinator, processes, process_id; and the options of `of`.
+            it does not fit); and the options of `of`.
 
         Raises ValueError on an argument that does not exist or cannot be, before weights are read.
         """
         registry.register()
         loading = {name: given.pop(name) for name in _LOADING if given.get(name) is not None}
         _check(given)
-        options.join_processes(*(loading.pop(name, None) for name in _PROCESSES))
+        options.join_processes()
         check = loading.pop("memory_check", True)
         mesh = options.mesh_of({axis: loading.pop(axis, None) for axis in options.AXES})
 
@@ -353,8 +355,7 @@ class MtnlgLM(TemplateLM):
         }
 
 
-_PROCESSES = ("coordinator", "processes", "process_id")
-_LOADING = ("dtype", "weights", "memory_check", *_PROCESSES, *options.AXES)
+_LOADING = ("dtype", "weights", "memory_check", *options.AXES)
 _OF = tuple(MtnlgLM._begin.__kwdefaults__)
 
 

@@ -31,6 +31,8 @@ NEW_TOKENS = 256
 IDLE = {"use_cache": None, "pad_token_id": None, "return_dict_in_generate": False}
 # Rows that are written at once, if memory allows.
 MOST_ROWS = 64
+# Tokens that a call scores on a CPU: with more, activations leave its caches.
+CPU_TOKENS = 2048
 # The share of free memory that activations may take.
 SHARE = 0.5
 
@@ -53,12 +55,13 @@ def mesh_of(sizes: Mapping[str, int | None]) -> Mesh | None:
     return make_mesh(config.mesh)
 
 
-def join_processes(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
-    """Join the other processes of the run, if there are any; see `train.processes.start`."""
-    from mtnlg_jax.train import processes as running
+def join_processes() -> None:
+    """Join the processes that SLURM, a TPU pod or GKE started, unless that was done; see
+    `train.processes.start`."""
+    from mtnlg_jax.train import processes
 
-    if coordinator is not None or compat.cluster_processes() > 1:
-        running.start(coordinator, processes, process_id, heartbeat_seconds=100)
+    if compat.cluster_processes() > 1 and not jax.distributed.is_initialized():
+        processes.start(None, None, None, heartbeat_seconds=100)
 
 
 def check_memory(name: str, plan: Plan) -> None:
@@ -70,12 +73,14 @@ def check_memory(name: str, plan: Plan) -> None:
 
 
 def block_tokens(config: ModelConfig, mesh: Mesh | None, most: int) -> int:
-    """Return how many tokens a call of the model should score: ``most``, or fewer if memory is
-    short, a power of two from 256.
+    """Return how many tokens a call of the model should score: ``most``, or fewer on a CPU and if
+    memory is short, a power of two from 256.
 
     Counted are the hidden states of a block and the scores of its attention, with twice their size
     for what XLA holds beside them, and the logits of a part of the tokens.
     """
+    if compat.platform() == "cpu":
+        most = min(most, CPU_TOKENS)
     free: Room | None = room(mesh)
     if free is None:
         return most

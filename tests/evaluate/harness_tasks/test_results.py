@@ -167,6 +167,17 @@ def test_limits_rows_and_records(known, rows_of):
     assert other["prompt_hash"] != task["prompt_hash"]
 
 
+def test_a_prompt_hash_is_of_every_character():
+    known = results.prompt_hash([("a question", " yes"), ("another", " no")])
+    assert known == results.prompt_hash(iter([("a question", " yes"), ("another", " no")]))
+    for changed in (
+        [("a question", " yes"), ("another", " No")],
+        [("a question ", "yes"), ("another", " no")],
+        [("another", " no"), ("a question", " yes")],
+    ):
+        assert results.prompt_hash(changed) != known
+
+
 def test_the_results_are_json_with_the_keys_of_a_file(known, rows_of):
     folder = rows_of("boolq.jsonl", [{"passage": "p", "question": "q", "label": 1}])
     found = run.run_tasks(known(lambda *_: -1.0), ["boolq"], task_data=folder, step=7)
