@@ -23,7 +23,8 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any]
             continue
         pairs, here, there = _pair(task["per_row"]["docs"], other["per_row"]["docs"])
         for metric, value in task["metrics"].items():
-            if metric not in other["metrics"]:
+            theirs_value = other["metrics"].get(metric, {}).get("value")
+            if theirs_value is None or value["value"] is None:
                 continue
             test, p_value = _test(
                 [task["per_row"][metric][i] for i, _ in pairs],
@@ -34,8 +35,8 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any]
                     "task": name,
                     "metric": metric,
                     "value": value["value"],
-                    "other": other["metrics"][metric]["value"],
-                    "difference": value["value"] - other["metrics"][metric]["value"],
+                    "other": theirs_value,
+                    "difference": value["value"] - theirs_value,
                     "test": test,
                     "p_value": p_value,
                     "rows": len(pairs),

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import sys
+import warnings
 
 SWITCHES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
 
@@ -25,6 +26,8 @@ def enter() -> None:
     hub = sys.modules.get("huggingface_hub.constants")
     if hub is not None:
         hub.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+    # tqdm asks for widgets, in notebooks.
+    warnings.filterwarnings("ignore", message="IProgress not found")
     import datasets
 
     datasets.config.HF_HUB_OFFLINE = True

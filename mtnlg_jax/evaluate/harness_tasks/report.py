@@ -32,7 +32,8 @@ def describe(results: dict[str, Any]) -> str:
             error = "" if found["stderr"] is None else f"{found['stderr']:.4f}"
             first = metric == next(iter(task["metrics"]))
             left = (name, str(task["num_fewshot"]), f"{task['rows']:,}") if first else ("", "", "")
-            lines.append((*left, metric, f"{found['value']:.4f}", error))
+            value = "infinite" if found["value"] is None else f"{found['value']:.4f}"
+            lines.append((*left, metric, value, error))
         notes += _notes(name, task)
     step = results.get("step")
     head = [] if step is None else [f"checkpoint of step {step}"]

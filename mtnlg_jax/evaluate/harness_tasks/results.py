@@ -46,8 +46,8 @@ def entry(
             key = metric if each == "none" else f"{metric},{each}"
             values = [sample[metric] for sample in by_filter[each] if metric in sample]
             found["metrics"][key] = {
-                "value": float(scored["results"][name][f"{metric},{each}"]),
-                "stderr": stderr(task.aggregation().get(metric), values, bootstraps),
+                "value": _finite(scored["results"][name][f"{metric},{each}"]),
+                "stderr": _finite(stderr(task.aggregation().get(metric), values, bootstraps)),
                 "higher_is_better": bool(task.higher_is_better().get(metric, True)),
             }
             found["per_row"][key] = [_plain(value) for value in values]
@@ -73,6 +73,11 @@ def prompt_hash(arguments: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
+def _finite(value: float | None) -> float | None:
+    """Return a figure as JSON can hold it: None for one beyond all numbers."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
 def _plain(value: Any) -> Any:
     """Return a value of a row as JSON holds it."""
     if isinstance(value, tuple | list | np.ndarray):
@@ -80,6 +85,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | None):
         return value
     number = float(value)
+    if not math.isfinite(number):
+        return None
     return int(number) if number.is_integer() else number
 
 
@@ -183,7 +190,7 @@ def _classes(task: "LocalTask", samples: list[dict[str, Any]]) -> dict[str, Any]
         "predicted_classes": _shares(predicted, names),
         "target_classes": _shares([each for each in gold if each is not None], names),
     }
-    if labels is None:
+    if labels is None or None in gold:
         return found
     right: Counter = Counter()
     total: Counter = Counter()

@@ -240,12 +240,17 @@ class LocalTask(ConfigurableTask):
         name = self.config.task
         if self.OUTPUT_TYPE == "multiple_choice":
             choices = self.doc_to_choice(doc)
+            if not choices:
+                raise ValueError(f"{place}: the task {name} has no choices")
             for number, choice in enumerate(choices, 1):
                 if not isinstance(choice, str) or not choice.strip():
                     raise ValueError(f"{place}: choice {number} of the task {name} is empty")
             gold = text if self.multiple_input else target
             for label in gold if isinstance(gold, list) else [gold]:
-                inside = label in choices if isinstance(label, str) else 0 <= label < len(choices)
+                if isinstance(label, int):
+                    inside = 0 <= label < len(choices)
+                else:
+                    inside = label in choices
                 if not inside:
                     raise ValueError(
                         f"{place}: the label {label!r} of the task {name} is outside of its "
@@ -279,7 +284,11 @@ class LocalTask(ConfigurableTask):
     def check_fewshot(self, count: int) -> None:
         """Raise ValueError if there are too few rows for ``count`` examples."""
         have = len(self.sampler.inner.df)
-        need = count + (self.fewshot_source == self.evaluated)
+        # The harness draws one more where the question itself may be among them; it takes that for
+        # granted wherever both splits are unnamed.
+        more = self.fewshot_source == self.evaluated
+        more |= self.fewshot_cfg.split == self.config.test_split
+        need = count + more
         if count and have < need:
             rows = self.rows[self.fewshot_source]
             place = rows.places[0].rpartition(" row ")[0] if rows.places else self.fewshot_source
@@ -339,9 +348,6 @@ class LocalTask(ConfigurableTask):
         known: dict[str, int] = {}
 
         def tokens(text: str) -> int:
-            # No tokenizer here makes more tokens than a text has bytes, and one in front.
-            if len(text.encode()) < room // 2:
-                return 0
             if text not in known:
                 known[text] = len(self.model.tok_encode(text))
             return known[text]
@@ -351,6 +357,9 @@ class LocalTask(ConfigurableTask):
             if instance.request_type != "loglikelihood":
                 continue
             context, continuation = instance.args
+            # No tokenizer makes more tokens of a text than it has bytes, and one in front.
+            if len(context.encode()) + len(continuation.encode()) < room:
+                continue
             length = tokens(continuation)
             if length > room:
                 raise ValueError(

@@ -42,13 +42,13 @@ def test_metrics_of_both_results():
 
 
 def test_rows_that_differ_are_told_and_pair_by_content():
-    ours = _results(["a", "b", "b", "new"], acc=[1, 1, 0, 1])
+    ours = _results(["a", "b", "b", "new", "b"], acc=[1, 1, 0, 1, 1])
     theirs = _results(["b", "a", "gone", "b"], prompt="other", acc=[0, 1, 1, 0])
     (found,) = compare.compare(ours, theirs)
     # Pairs: a 1 1, the first b 1 0, the second b 0 0.
-    assert (found["rows"], found["only_here"], found["only_there"]) == (3, 1, 1)
+    assert (found["rows"], found["only_here"], found["only_there"]) == (3, 2, 1)
     assert found["p_value"] == 1.0 and not found["same_prompts"]
-    assert "the rows differ: 3 are in both, 1 only here, 1 only" in report.describe_differences(
+    assert "the rows differ: 3 are in both, 2 only here, 1 only" in report.describe_differences(
         [found], "x"
     )
     theirs["tasks"] = {"other": theirs["tasks"]["t"]}

@@ -79,13 +79,15 @@ CASES = {
             {"context": "It rained.", "hypothesis": "It was wet.", "label": "e"},
             {"premise": "It rained.", "hypothesis": "It was Monday.", "label": 1},
             {"premise": "It rained.", "hypothesis": "It was dry.", "label": "contradiction"},
+            {"premise": "It rained.", "hypothesis": "It was blue.", "label": "n"},
+            {"premise": "It rained.", "hypothesis": "It was sunny.", "label": "c"},
         ],
         [
             (
                 f"It rained.\nQuestion: It was {what}. True, False, or Neither?\nAnswer:",
                 [" True", " Neither", " False"],
             )
-            for what in ("wet", "Monday", "dry")
+            for what in ("wet", "Monday", "dry", "blue", "sunny")
         ],
     ),
     "hans": (
@@ -203,7 +205,7 @@ RIGHT = {
     "boolq": [1, 0, 1],
     "piqa": [0, 1],
     "hellaswag": [0, 2, 1],
-    "anli_r2": [0, 1, 2],
+    "anli_r2": [0, 1, 2, 1, 2],
     "hans": [1, 0],
     "wic": [0, 1],
     "rte": [0, 1],

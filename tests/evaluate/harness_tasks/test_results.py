@@ -115,6 +115,12 @@ def test_a_training_row_that_equals_a_question(known, rows_of):
     task = results["tasks"]["arc_easy"]
     assert (task["fewshot_source"], task["equal_examples"]) == ("train", 1)
     assert model.seen[0][0].count("q0") == 1
+    boolq = [{"passage": f"p{n}", "question": "q", "label": 0} for n in range(3)]
+    rows_of("boolq/train.jsonl", boolq)
+    rows_of("boolq/dev.jsonl", [{"passage": "new", "question": "q", "label": 0}])
+    assert run.run_tasks(model, ["boolq"], task_data=folder, num_fewshot=2)["tasks"]["boolq"]
+    with pytest.raises(ValueError, match=r"num_fewshot=3 needs 4 rows .* has 3; ask for 2"):
+        run.run_tasks(model, ["boolq"], task_data=folder, num_fewshot=3)
     with pytest.raises(ValueError, match="only 2 rows of the task arc_easy differ"):
         run.run_tasks(model, ["arc_easy"], task_data=folder, num_fewshot=3)
     with pytest.raises(ValueError, match=r"num_fewshot=4 needs 4 rows .* has 3; ask for 3"):
@@ -159,6 +165,17 @@ def test_limits_rows_and_records(known, rows_of):
     assert again["prompt_hash"] == task["prompt_hash"] and len(task["prompt_hash"]) == 64
     other = run.run_tasks(model, ["piqa"], task_data=folder, limit=2)["tasks"]["piqa"]
     assert other["prompt_hash"] != task["prompt_hash"]
+
+
+def test_a_prompt_hash_is_of_every_character():
+    known = results.prompt_hash([("a question", " yes"), ("another", " no")])
+    assert known == results.prompt_hash(iter([("a question", " yes"), ("another", " no")]))
+    for changed in (
+        [("a question", " yes"), ("another", " No")],
+        [("a question ", "yes"), ("another", " no")],
+        [("another", " no"), ("a question", " yes")],
+    ):
+        assert results.prompt_hash(changed) != known
 
 
 def test_the_results_are_json_with_the_keys_of_a_file(known, rows_of):
@@ -259,3 +276,31 @@ def test_all_of_the_papers_tasks():
         *("anli_r1", "anli_r2", "anli_r3", "boolq", "hans", "hellaswag", "lambada_openai"),
         *("piqa", "race", "wic", "winogrande"),
     ]
+
+
+@pytest.mark.slow  # lists the harness's 14,000 tasks
+def test_other_tasks_of_the_harness(known, rows_of):
+    rows_of("sciq/test.jsonl", [
+        {"support": "s", "question": f"q{n}", "correct_answer": "right", "distractor1": "x",
+         "distractor2": "b", "distractor3": "c"} for n in range(3)
+    ])  # fmt: skip
+    rows_of("mmlu_astronomy/dev.jsonl", [{"question": "d", "choices": list("wxyz"), "answer": 1}])
+    rows_of("mmlu_astronomy/test.jsonl", [{"question": "t", "choices": list("wxyz"), "answer": 2}])
+    rows_of("lambada/lambada_standard_test.jsonl", [{"text": "one two"}])
+    rows_of("arc_easy.jsonl", [{"query": "q", "choices": ["a", "b"], "gold": 0}])
+    folder = rows_of("ARC-Challenge.jsonl", [{"query": "q", "choices": ["a", "b"], "gold": 0}])
+    model = known(lambda context, continuation: -float(continuation not in (" right", " C", " a")))
+    names = ["sciq", "mmlu_astronomy", "lambada_standard", "ai2_arc"]
+    found = run.run_tasks(model, names, task_data=folder)["tasks"]
+    scores = {name: task["metrics"]["acc"]["value"] for name, task in found.items()}
+    assert scores == {
+        **{"sciq": 1.0, "mmlu_astronomy": 1.0, "lambada_standard": 0.0},
+        **{"arc_challenge": 1.0, "arc_easy": 1.0},
+    }
+    shown = run.run_tasks(model, ["mmlu_astronomy"], task_data=folder, num_fewshot=1)
+    assert shown["tasks"]["mmlu_astronomy"]["num_fewshot"] == 1
+    assert model.seen[-1][0].count("Answer: B") == 1
+    with pytest.raises(ValueError, match=r"--tasks=piqaa is not a task .* \(did you mean piqa"):
+        run.run_tasks(model, ["piqaa"], task_data=folder)
+    with pytest.raises(ValueError, match="is written in Python"):
+        run.run_tasks(model, ["squadv2"], task_data=folder)
