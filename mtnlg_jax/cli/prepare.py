@@ -34,6 +34,8 @@ Conversations, which train the assistant's turns alone, by the chat template of 
     python launch/prepare_data.py --input=chats.jsonl --output=data/chats \\
         --tokenizer=RUN/tokenizer --messages=messages --sequence_length=1024 --show=3
 
+--canaries=10, with or without a recipe, plants secrets for launch/audit.py (docs/privacy.md).
+
 Exit codes: 0 done, 2 bad input.
 """
 
@@ -44,6 +46,7 @@ from absl import flags
 
 from mtnlg_jax import command
 from mtnlg_jax.cli.preparation import options
+from mtnlg_jax.data.canaries import CanaryConfig
 from mtnlg_jax.data.prepare import describe, prepare
 
 flags.adopt_module_key_flags(options)  # --help lists them
@@ -82,6 +85,7 @@ def _prepare() -> dict:
         chat_template=options.CHAT_TEMPLATE.value,
         sequence_length=options.SEQUENCE_LENGTH.value,
         show=options.SHOW.value,
+        canaries=options.canaries(CanaryConfig()),
         overwrite=options.OVERWRITE.value,
         **options.settings(),
     )
@@ -97,8 +101,10 @@ def _make() -> dict:
     ray = options.ENGINE.value == "ray"
     if ray and options.PROCESSES.value:
         raise ValueError("--processes is for this machine; a Ray cluster uses all of its own")
+    recipe = load_recipe(options.CONFIG.value, tuple(options.SET.value))
     recipe = with_flags(
-        load_recipe(options.CONFIG.value, tuple(options.SET.value)),
+        recipe,
+        canaries=options.canaries(recipe.canaries),
         stages=options.STAGES.value,
         test_sets=options.TEST_SETS.value,
         skip_sources=options.SKIP_SOURCES.value,
