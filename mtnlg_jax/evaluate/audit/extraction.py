@@ -8,7 +8,6 @@ one of n is (Hayes 2024, "(n, p)-discoverable extraction").
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.decode.cache import Decoder
 from mtnlg_jax.decode.generate import generate
 from mtnlg_jax.evaluate.audit.scoring import score_tokens
+from mtnlg_jax.evaluate.audit.settings import ExtractionSettings
 from mtnlg_jax.evaluate.audit.sources import Passage
 from mtnlg_jax.evaluate.audit.statistics import share
 
@@ -25,20 +25,7 @@ from mtnlg_jax.evaluate.audit.statistics import share
 GROUPS = (1, 2, 4, 16, 64)
 TRIES = (1, 10, 100, 1000)  # samples of the exact probability
 MOST_PREFIX = 512
-_ROWS = 64  # sequences that are sampled at once
-
-
-@dataclass(frozen=True)
-class ExtractionSettings:
-    """``prefixes``: tokens of the prompts, () for 8, 16, 32 ... as the context allows.
-    ``continuation``: tokens to reproduce, None for 50 or half the context. ``samples``: drawn for
-    each passage and prefix, with ``temperature`` and ``top_k`` (0: all tokens)."""
-
-    prefixes: tuple[int, ...] = ()
-    continuation: int | None = None
-    samples: int = 4
-    temperature: float = 1.0
-    top_k: int = 0
+ROWS = 64  # sequences that are sampled at once
 
 
 class Lengths(NamedTuple):
@@ -184,7 +171,7 @@ def _sampled(
     if not settings.samples:
         return None
     hits = []
-    size = max(1, _ROWS // settings.samples)
+    size = max(1, ROWS // settings.samples)
     for first in range(0, len(rows), size):
         group = [*rows[first : first + size]]
         # Groups of one size, so that one program does for all.

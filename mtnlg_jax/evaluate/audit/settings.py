@@ -2,9 +2,20 @@
 
 from dataclasses import dataclass, field
 
-from mtnlg_jax.evaluate.audit.extraction import ExtractionSettings
-
 PARTS = ("extraction", "canaries", "membership", "personal_data")
+
+
+@dataclass(frozen=True)
+class ExtractionSettings:
+    """``prefixes``: tokens of the prompts, () for 8, 16, 32 ... as the context allows.
+    ``continuation``: tokens to reproduce, None for 50 or half the context. ``samples``: drawn for
+    each passage and prefix, with ``temperature`` and ``top_k`` (0: all tokens)."""
+
+    prefixes: tuple[int, ...] = ()
+    continuation: int | None = None
+    samples: int = 4
+    temperature: float = 1.0
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
