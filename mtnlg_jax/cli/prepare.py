@@ -34,8 +34,6 @@ Conversations, which train the assistant's turns alone, by the chat template of 
     python launch/prepare_data.py --input=chats.jsonl --output=data/chats \\
         --tokenizer=RUN/tokenizer --messages=messages --sequence_length=1024 --show=3
 
---canaries=10, with or without a recipe, plants secrets for launch/audit.py (docs/privacy.md).
-
 Exit codes: 0 done, 2 bad input.
 """
 
@@ -46,7 +44,6 @@ from absl import flags
 
 from mtnlg_jax import command
 from mtnlg_jax.cli.preparation import options
-from mtnlg_jax.data.canaries import CanaryConfig
 from mtnlg_jax.data.prepare import describe, prepare
 
 flags.adopt_module_key_flags(options)  # --help lists them
@@ -85,7 +82,6 @@ def _prepare() -> dict:
         chat_template=options.CHAT_TEMPLATE.value,
         sequence_length=options.SEQUENCE_LENGTH.value,
         show=options.SHOW.value,
-        canaries=options.canaries(CanaryConfig()),
         overwrite=options.OVERWRITE.value,
         **options.settings(),
     )
@@ -104,11 +100,10 @@ def _make() -> dict:
     recipe = load_recipe(options.CONFIG.value, tuple(options.SET.value))
     recipe = with_flags(
         recipe,
-        canaries=options.canaries(recipe.canaries),
         stages=options.STAGES.value,
         test_sets=options.TEST_SETS.value,
         skip_sources=options.SKIP_SOURCES.value,
-        **options.settings(given=True),
+        **options.settings(given=True, canaries=recipe.canaries),
     )
     return make(
         recipe,

@@ -25,7 +25,9 @@ FORMATS = {
 }
 # More than this share of the training text would change what the model learns from the rest.
 MOST_SHARE = 0.1
-_DRAW, _PLACE = 0x5EC, 0x91A  # purposes of draws: each has random numbers of its own
+# Purposes of draws: each has random numbers of its own.
+_DRAW = 0x5EC
+_PLACE = 0x91A
 
 _GIVEN = """
 Ada Alan Amos Anna Boris Carla Cesar Clara Daria David Diego Edith Elena Emil Erik Esther Fiona

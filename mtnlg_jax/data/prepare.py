@@ -87,9 +87,8 @@ def prepare(
     trained on marked, before anything is written.
 
     ``encoding`` is that of text that is not UTF-8 and does not declare one (`charsets`).
-
-    ``canaries``: random secrets, planted as documents among those of the training part and recorded
-    in canaries.json (`mtnlg_jax.data.canaries`). The tokenizer is not trained on them.
+    ``canaries``: random secrets, planted as documents of the training part, of which the tokenizer
+    knows nothing, and recorded in canaries.json.
 
     The result depends on the input and the arguments alone. It is written to
     ``output.partial-<process>`` and renamed at the end; at a URL (gs://, s3://) prepared.json,
@@ -104,13 +103,7 @@ def prepare(
     check_output(output, PREPARED, overwrite=overwrite, input_path=input_path)
     pairs = answer is not None
     _check_rows(input_path, answer, messages, bool(chat_template or sequence_length or show))
-    canaries = canaries or CanaryConfig()
-    planted.check(canaries)
-    if canaries.count and (pairs or messages is not None):
-        raise ValueError(
-            f"canaries={canaries.count} are plain text, and --answer and --messages make rows of "
-            "prompts with answers; leave --canaries out"
-        )
+    canaries = _checked(canaries or CanaryConfig(), pairs or messages is not None)
     ahead = _prefix_rows(input_path, prefix, prompt, answer)
     ready = None if tokenizer in ("bpe", "unigram") else tokenizer_for_data(tokenizer)
     talks = open_conversations(ready, messages, chat_template, sequence_length)
@@ -121,11 +114,9 @@ def prepare(
     documents = _documents(input_path, make_row, on_error, encoding, report)
     settings: dict = {"input": str(input_path or "embedded"), "tokenizer": str(tokenizer)}
     settings |= {"vocab_size": vocab_size, "heldout": heldout, "seed": seed}
-    settings |= {"text_key": text_key, "on_error": on_error}
-    settings |= {"encoding": encoding} if encoding else {}
+    settings |= {"text_key": text_key, "on_error": on_error} | _named(encoding=encoding)
     settings |= _pair_settings(prompt, answer, prefix) if pairs else {}
     settings |= {"messages": messages, "sequence_length": sequence_length} if talks else {}
-    settings |= {"canaries": asdict(canaries)} if canaries.count else {}
     bar = partial(tqdm, disable=None if progress else True)  # None: on a terminal only
     with (
         storage.disk_errors(output, "nothing was kept"),
@@ -140,27 +131,16 @@ def prepare(
             _fill(spool, bar(documents, "reading", unit=" documents"), input_path, report)
             train, held = split(spool, heldout, pairs or talks is not None)
             secret = _draw_canaries(spool, train, canaries, seed)
-            if ready is None:
-                ready = _train(spool, train, tokenizer, vocab_size, seed, bar)
+            ready = ready or _train(spool, train, tokenizer, vocab_size, seed, bar)
             _show(spool, itertools.islice(_shuffled(train, seed), show), talks)
             ready.save(storage.join(target, "tokenizer"))
             with bar(desc="encoding", total=spool.size, unit="B", unit_scale=True) as encoded:
                 write = partial(_write_tokens, spool, ready, talks, pairs, ahead, seed, encoded)
-                copies = planted.shuffled_copies(secret, seed)
-                among = (copies, planted.places(len(copies), len(train), seed))
-                parts = {
-                    "train": write(storage.join(target, "train"), _shuffled(train, seed), among),
-                    "heldout": write(storage.join(target, "heldout"), held.in_order()),
-                }
+                parts: dict = _write_parts(write, target, train, held, secret, seed)
             examples = _examples(spool, _shuffled(train, seed), ready, talks)
         os.unlink(spool.path)
-        described: dict = {"settings": settings, "input": asdict(report), "examples": examples}
-        if secret:
-            storage.write_file(target, planted.CANARIES, planted.canaries_file(secret, seed))
-            described["canaries"] = planted.summary(secret)
-        elif storage.is_remote(output):
-            storage.remove_file(target, planted.CANARIES)  # of an earlier data set
-        info = prepared_info(tokenizer_info(ready), **parts, **described)
+        parts |= {"settings": settings, "input": asdict(report), "examples": examples}
+        info = prepared_info(tokenizer_info(ready), **parts)
         write_prepared(target, info)
     return info
 
@@ -181,6 +161,22 @@ def _check_rows(
             "--chat_template, --sequence_length and --show are for conversations; give the key of "
             "the messages with --messages, or leave them out"
         )
+
+
+def _checked(canaries: CanaryConfig, rows: bool) -> CanaryConfig:
+    """Return ``canaries``. Raise ValueError if they cannot be planted; ``rows``: in pairs or
+    conversations."""
+    planted.check(canaries)
+    if canaries.count and rows:
+        raise ValueError(
+            f"canaries={canaries.count} are plain text, and --answer and --messages make rows of "
+            "prompts with answers; leave --canaries out"
+        )
+    return canaries
+
+
+def _named(**given: str) -> dict[str, str]:
+    return {name: value for name, value in given.items() if value}
 
 
 def _pair_settings(prompt: str, answer: str | None, prefix: PrefixInput | None) -> dict:
@@ -306,6 +302,30 @@ def _no_text(input_path: str | os.PathLike | None, report: ReadReport) -> ValueE
 
 def _shuffled(train: Part, seed: int) -> Iterator[np.ndarray]:
     return train.shuffled(np.uint64(seed & (1 << 64) - 1))
+
+
+def _write_parts(
+    write: Callable[..., dict],
+    target: str,
+    train: Part,
+    held: Part,
+    canaries: Sequence[Canary],
+    seed: int,
+) -> dict[str, dict]:
+    """Write both parts, with the canaries among the training part, and canaries.json; return the
+    meta.json of each, and what prepared.json tells of the canaries."""
+    storage.remove_file(target, planted.CANARIES)  # of an earlier data set, at a URL
+    recorded = {}
+    if canaries:
+        storage.write_file(target, planted.CANARIES, planted.canaries_file(canaries, seed))
+        recorded = {"canaries": planted.summary(canaries)}
+    copies = planted.shuffled_copies(canaries, seed)
+    among = (copies, planted.places(len(copies), len(train), seed))
+    return {
+        "train": write(storage.join(target, "train"), _shuffled(train, seed), among),
+        "heldout": write(storage.join(target, "heldout"), held.in_order()),
+        **recorded,
+    }
 
 
 def _write_tokens(

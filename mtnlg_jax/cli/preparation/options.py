@@ -160,14 +160,16 @@ _CHAT_FLAGS = (MESSAGES, CHAT_TEMPLATE, SEQUENCE_LENGTH, SHOW)
 _SETTINGS = (VOCAB_SIZE, TOKENIZER, HELDOUT, SEED, TEXT_KEY, ON_ERROR, ENCODING)
 
 
-def settings(given: bool = False) -> dict[str, Any]:
-    """Return the settings that both ways have; if ``given``, those of the command line alone."""
-    return {
+def settings(given: bool = False, canaries: CanaryConfig | None = None) -> dict[str, Any]:
+    """Return the settings that both ways have; if ``given``, those of the command line alone.
+    ``canaries``: those of a recipe, which the flags change."""
+    plain = {
         flag.name: flag.value for flag in _SETTINGS if not given or flags.FLAGS[flag.name].present
     }
+    return plain | {"canaries": _canaries(canaries or CanaryConfig())}
 
 
-def canaries(given: CanaryConfig) -> CanaryConfig:
+def _canaries(given: CanaryConfig) -> CanaryConfig:
     """Return ``given`` with what the flags change. Raise ValueError if they do not fit together."""
     if CANARIES.present:
         given = replace(given, count=CANARIES.value)

@@ -224,11 +224,7 @@ def _check_settings(recipe: Recipe, output: str, stamps: dict[str, str], overwri
     content = storage.read_file(output, "recipe.json")
     if content is not None and not overwrite:
         begun = json.loads(content)
-        old, new = (
-            {key for key in each["settings"] if not key.startswith("canaries.")}
-            for each in (begun, wanted)
-        )
-        if old != new:
+        if _own_keys(begun) != _own_keys(wanted):
             raise FileExistsError(
                 f"{output} was begun by another version, which has other settings; choose another "
                 "--output, or remake all of it with --overwrite"
@@ -267,6 +263,10 @@ def _locked(output: str):
                 f"another run is writing to {output}; wait for it, or choose another --output"
             ) from None
         yield
+
+
+def _own_keys(recorded: dict) -> set[str]:
+    return {key for key in recorded["settings"] if not key.startswith("canaries.")}
 
 
 def _settings(recipe: Recipe) -> dict:

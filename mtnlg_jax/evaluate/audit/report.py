@@ -2,7 +2,7 @@
 for a terminal."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +126,10 @@ def _extraction_chart(extraction: dict[str, Any]) -> Chart | None:
 
 
 def _chart(
-    label: str, series: dict[str, Sequence[Value]], across: Iterable[tuple[str, float]], top: float
+    label: str,
+    series: Mapping[str, Sequence[Value]],
+    across: Iterable[tuple[str, float]],
+    top: float,
 ) -> Chart:
     """Return a chart of values from 0 to ``top``, at equal distances in their order."""
     plot = _HEIGHT - _TOP - _BOTTOM
