@@ -1,5 +1,6 @@
 """The training text and the held-out text of a run, and random passages of them."""
 
+import bisect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,8 +14,8 @@ from mtnlg_jax.data.store.tokens import Tokens
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.train.checkpoint import config_of
 
-# Passages are drawn in groups; the search ends after this many tokens drawn for each wanted one.
-_TRIES = 400
+# Passages are drawn in groups; the search ends after this many groups without a new one.
+_IDLE = 12
 
 
 class Source(NamedTuple):
@@ -134,32 +135,38 @@ def draw_passages(
     ``apart``: none overlaps another, so that they are independent.
     """
     parts = [part for part in parts if len(part) >= length]
-    sizes = np.array([len(part) for part in parts], np.int64)
+    rooms = np.array([len(part) - length + 1 for part in parts], np.int64)
+    if not parts:
+        return []
     ends = np.array([tokenizer.bos_id, *tokenizer.eos_ids])
+    taken: list[list[int]] = [[] for _ in parts]  # starts, ascending
+    least = length if apart else 1
     found: list[Passage] = []
-    seen: list[set[int]] = [set() for _ in parts]
-    total = int(np.maximum(sizes - length + 1, 0).sum())
-    tries = _TRIES * count
-    while total and len(found) < count and tries > 0:
+    idle = 0
+    while len(found) < count and idle < _IDLE:
         group = max(64, 2 * (count - len(found)))
-        tries -= group
-        chosen = rng.choice(len(parts), group, p=np.maximum(sizes - length + 1, 0) / total)
-        for number in np.unique(chosen):
+        before = len(found)
+        chosen = rng.choice(len(parts), group, p=rooms / rooms.sum())
+        for number in np.unique(chosen).tolist():
             part = parts[number]
-            drawn = rng.integers(0, len(part) - length + 1, int((chosen == number).sum()))
+            drawn = rng.integers(0, rooms[number], int((chosen == number).sum()))
             inside = part.document_of(drawn)[0] == part.document_of(drawn + length - 1)[0]
-            rows = part.read_windows(drawn, length)
-            inside &= ~np.isin(rows, ends).any(1)
-            for start, row in zip(drawn[inside].tolist(), rows[inside], strict=True):
-                near = {start} if not apart else {start // length + step for step in (-1, 0, 1)}
-                taken = seen[number] & near
-                if taken and (not apart or _overlaps(found, source, number, start, length)):
+            free = [
+                start for start in drawn[inside].tolist() if _is_free(taken[number], start, least)
+            ]
+            rows = part.read_windows(np.array(free, np.int64), length) if free else []
+            for start, row in zip(free, rows, strict=True):
+                if np.isin(row, ends).any() or not _is_free(taken[number], start, least):
                     continue
-                seen[number].add(start // length if apart else start)
-                found.append(Passage(f"{source}#{number}", start, row))
-    return [each._replace(source=source) for each in found[:count]]
+                bisect.insort(taken[number], start)
+                found.append(Passage(source, start, row))
+        idle = 0 if len(found) > before else idle + 1
+    return found[:count]
 
 
-def _overlaps(found: list[Passage], source: str, number: int, start: int, length: int) -> bool:
-    name = f"{source}#{number}"
-    return any(each.source == name and abs(each.start - start) < length for each in found)
+def _is_free(taken: list[int], start: int, least: int) -> bool:
+    """Return whether ``start`` is at least ``least`` tokens from each of ``taken``."""
+    at = bisect.bisect(taken, start)
+    return (at == 0 or start - taken[at - 1] >= least) and (
+        at == len(taken) or taken[at] - start >= least
+    )
