@@ -175,10 +175,16 @@ def summarize(canaries: Sequence[Canary], found: Sequence[Exposure]) -> list[dic
     for copies in sorted({each.copies for each in canaries}):
         own = [e for c, e in zip(canaries, found, strict=True) if c.copies == copies]
         bits = [each.bits for each in own]
+        # An exposure is between 0 and log2 |R|, and so is its mean.
+        found_mean = mean(bits)
+        if found_mean["low"] is not None:
+            most_bits = math.log2(max(c.space for c in canaries if c.copies == copies))
+            found_mean["low"] = max(0.0, found_mean["low"])
+            found_mean["high"] = min(most_bits, found_mean["high"])
         rows.append(
             {
                 "copies": copies,
-                "exposure": mean(bits),
+                "exposure": found_mean,
                 "least": min(bits),
                 "most": max(bits),
                 "chance": float(np.mean([chance(each.ranked) for each in own])),

@@ -101,8 +101,8 @@ def _exposure_chart(canaries: dict[str, Any]) -> Chart:
     for row in canaries["by_copies"]:
         found = row["exposure"]
         middle = found["mean"]
-        low = middle if found["low"] is None else max(0.0, found["low"])
-        high = middle if found["high"] is None else min(canaries["most"], found["high"])
+        low = middle if found["low"] is None else found["low"]
+        high = middle if found["high"] is None else found["high"]
         values.append((str(row["copies"]), middle, low, high))
     across = [("chance", canaries["chance"]), ("log2 of the space", canaries["most"])]
     return _chart("mean exposure by copies, in bits", {"": values}, across, canaries["most"] * 1.08)
