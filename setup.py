@@ -120,6 +120,7 @@ setup(
             "mtnlg-prepare=mtnlg_jax.cli.prepare:run",
             "mtnlg-evaluate=mtnlg_jax.cli.evaluate:run",
             "mtnlg-bias=mtnlg_jax.cli.bias:run",
+            "mtnlg-audit=mtnlg_jax.cli.audit:run",
             "mtnlg-task=mtnlg_jax.cli.task:run",
             "mtnlg-adapt=mtnlg_jax.cli.adapt:run",
             "mtnlg-plan=mtnlg_jax.cli.plan:run",
