@@ -65,9 +65,13 @@ def join_processes() -> None:
         processes.start(None, None, None, heartbeat_seconds=100)
 
 
-def check_memory(name: str, plan: Plan) -> None:
-    """Raise ValueError, with ways out, if a model does not fit before it is loaded."""
-    free = room(plan.mesh)
+def check_memory(name: str, config: ModelConfig, mesh: Mesh | None, **held: Any) -> None:
+    """Raise ValueError, with ways out, if a model does not fit, before it is loaded.
+
+    ``held``: dtype and weights, as for `unstack`.
+    """
+    plan = Plan(config, mesh=mesh, **held)
+    free = room(mesh)
     if free is not None:
         choices = Choices(cache=False)
         check_fits(name, [plan], free, choices, "or give memory_check=False in --model_args")

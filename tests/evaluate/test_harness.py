@@ -168,7 +168,9 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 """
 
 
-def test_the_command_runs_a_task(tmp_path, folders, monkeypatch, capsys):
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    """Return a folder with the task `cats`, of two rows."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = [
@@ -176,9 +178,41 @@ def test_the_command_runs_a_task(tmp_path, folders, monkeypatch, capsys):
         {"query": "in the", "choices": ["street", "cat"], "gold": 0},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    (tasks / "cats.yaml").write_text(TASK.replace("DATA", str(tmp_path / "rows.jsonl")))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "cats.yaml").write_text(TASK.replace("DATA", str(tmp_path / "rows.jsonl")))
+    return folder
+
+
+def test_the_harness_runs_a_task_by_the_name_of_the_model(tasks, folders, models):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    found = simple_evaluate(
+        model="mtnlg",
+        model_args=f"workdir={folders['gpt2']},max_length=60",
+        tasks=["cats"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    pairs = [
+        ("the cat sat on", " the mat"),
+        ("the cat sat on", " a"),
+        ("in the", " street"),
+        ("in the", " cat"),
+    ]
+    requests = made.instances("loglikelihood", pairs)
+    values = [value for value, _ in models["gpt2"].loglikelihood(requests, disable_tqdm=True)]
+    right = [values[1] > values[0], values[2] > values[3]]
+    assert found["results"]["cats"]["acc,none"] == np.mean(right)
+    assert found["config"]["model_step"] == 0
+    values = [each / length for each, length in zip(values, (7, 1, 6, 3), strict=True)]
+    right = [values[1] > values[0], values[2] > values[3]]
+    assert found["results"]["cats"]["acc_norm,none"] == np.mean(right)
+
+
+@pytest.mark.slow
+def test_the_command_runs_a_task(tmp_path, folders, tasks, capsys):
     arguments = [
         "--model=mtnlg",
         f"--model_args=workdir={folders['gpt2']}",
