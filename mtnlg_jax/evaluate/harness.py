@@ -306,7 +306,8 @@ class MtnlgLM(TemplateLM):
                     [wanted[number].decode for number in part],
                 )
                 for number, result in zip(part, results, strict=True):
-                    text = options.cut_at(result.text, wanted[number].until)
+                    # Decoded as a text of their own: some tokenizers take off its first space.
+                    text = options.cut_at(self.tok.decode(result.tokens), wanted[number].until)
                     texts[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
                 bar.update(len(part))

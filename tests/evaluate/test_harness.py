@@ -59,6 +59,20 @@ def test_every_answer_equals_that_of_hugging_face(kind, models, fixtures):
     assert {greedy for _, greedy in fixtures[kind]["written"]} == {True, False}
 
 
+def test_real_weights_and_tasks_answer_as_with_hugging_face(shared, fixtures):
+    found = made.real_answers(MtnlgLM(str(shared / made.STORIES)), shared)
+    want = fixtures["stories"]
+    assert found.keys() == want.keys()
+    assert found.pop("generate_until") == want["generate_until"]
+    rolling = found.pop("loglikelihood_rolling")
+    np.testing.assert_allclose(rolling, want["loglikelihood_rolling"], atol=CLOSE, rtol=2e-7)
+    for case, answers in found.items():
+        values, greedy = zip(*answers, strict=True)
+        expected, expected_greedy = zip(*want[case], strict=True)
+        np.testing.assert_allclose(values, expected, atol=CLOSE, err_msg=case)
+        assert greedy == expected_greedy, case
+
+
 def test_another_boundary_would_be_seen(models, fixtures, monkeypatch):
     """Tokens of context and continuation apart, as a plain class would make them."""
 
