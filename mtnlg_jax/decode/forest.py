@@ -14,7 +14,8 @@ depth first:
 the keys j <= i < ends[j]: a causal mask in which keys expire.
 """
 
-# Shapes: B rows, S indices in a row, W places of the head, M labels of a place
+# Shapes: B rows, S indices in a row, P positions of a path, W places of the head, M labels of a
+# place
 
 import bisect
 from collections.abc import Callable, Iterator, Sequence

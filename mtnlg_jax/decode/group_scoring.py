@@ -5,8 +5,8 @@ for all of its continuations, and what several contexts or continuations begin w
 well. Logits are computed where a continuation is predicted, and nowhere else.
 """
 
-# Shapes: B rows, S indices in a row, D width, W places of the head, M labels of a place,
-# V vocabulary
+# Shapes: B rows, S indices in a row, I indices of all rows, D width, W places of the head, C places of
+# a part, M labels of a place, V vocabulary; in attention Q queries, T keys, N heads
 
 import collections
 import functools
@@ -178,14 +178,17 @@ def _score(params, tokens_BS, positions_BS, ends_BS, at_W, labels_WM, chunks, *,
     x_BSD, head = run_layers(
         config, params, tokens_BS, positions_BS, attend, rows=(positions_BS, ends_BS)
     )
-    x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+    x_ID = x_BSD.reshape(-1, x_BSD.shape[-1])
+    places = len(at_W)
+    at_W = jnp.pad(at_W, (0, -places % CHUNK))
+    labels_WM = jnp.pad(labels_WM, ((0, -places % CHUNK), (0, 0)))
 
     def chunk(number, carry):
         logprobs_WM, best_WM = carry
         start = number * CHUNK
         at_C = lax.dynamic_slice_in_dim(at_W, start, CHUNK)
         labels_CM = lax.dynamic_slice_in_dim(labels_WM, start, CHUNK)
-        logits_CV = head.logits(x_TD[at_C])
+        logits_CV = head.logits(x_ID[at_C])
         picked_CM = jnp.take_along_axis(logits_CV, labels_CM, 1)
         total_C1 = jax.nn.logsumexp(logits_CV, -1, keepdims=True)
         best_C1 = jnp.argmax(logits_CV, -1, keepdims=True)
@@ -194,7 +197,8 @@ def _score(params, tokens_BS, positions_BS, ends_BS, at_W, labels_WM, chunks, *,
         return logprobs_WM, best_WM
 
     begin = jnp.zeros(labels_WM.shape, jnp.float32), jnp.zeros(labels_WM.shape, bool)
-    return whole(lax.fori_loop(0, chunks, chunk, begin))
+    logprobs_WM, best_WM = lax.fori_loop(0, chunks, chunk, begin)
+    return whole((logprobs_WM[:places], best_WM[:places]))
 
 
 def _attend_tree(q, k, v, positions_BS, ends_BS, options: dict[str, Any]):
