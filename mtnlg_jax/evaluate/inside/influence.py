@@ -22,9 +22,7 @@ class Influence(NamedTuple):
     cosine: np.ndarray  # float64 [n], -1 to 1; of the projected gradients, without second moments
 
 
-def influences(
-    query: np.ndarray, passages: np.ndarray, damping: float | None = 0.1
-) -> Influence:
+def influences(query: np.ndarray, passages: np.ndarray, damping: float | None = 0.1) -> Influence:
     """Return how much a step on each passage raises the probability of the query.
 
     Args:

@@ -31,9 +31,7 @@ MODEL = ModelConfig(
 
 def _rows(count, length, seed=0):
     rng = np.random.default_rng(seed)
-    return [
-        (rng.integers(0, 64, length + 1), np.ones(length, np.float32)) for _ in range(count)
-    ]
+    return [(rng.integers(0, 64, length + 1), np.ones(length, np.float32)) for _ in range(count)]
 
 
 def _whole(model, params, row):
@@ -77,8 +75,12 @@ def test_projections_of_gradients_without_the_gradients():
 def test_experts_are_projected_too():
     moe = MoEConfig(num_moe_experts=2, moe_router_topk=1)
     model = ModelConfig(
-        num_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=64,
-        max_position_embeddings=8, moe=moe,
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        vocab_size=64,
+        max_position_embeddings=8,
+        moe=moe,
     )
     config = projecting_config(model, rank=2, seed=0)
     losses, found = project_gradients(

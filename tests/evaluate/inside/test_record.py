@@ -55,7 +55,8 @@ def test_the_last_layer_of_the_lens_is_the_model(family, name):
     wanted = jax.nn.log_softmax(logits)[np.arange(len(tokens) - 1), tokens[1:]]
     np.testing.assert_allclose(lens.log_probs_LS[-1, :-1], wanted, atol=1e-4)
     np.testing.assert_allclose(
-        lens.probabilities_LSK[-1], -np.sort(-np.asarray(jax.nn.softmax(logits)), -1)[:, :3],
+        lens.probabilities_LSK[-1],
+        -np.sort(-np.asarray(jax.nn.softmax(logits)), -1)[:, :3],
         rtol=1e-3,
     )
     ranks = (logits[:-1] > logits[np.arange(len(tokens) - 1), tokens[1:]][:, None]).sum(-1)

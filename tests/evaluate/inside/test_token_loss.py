@@ -54,9 +54,7 @@ def test_ranks_and_guesses_of_a_short_text(model, tokenizer):
     np.testing.assert_allclose(
         np.exp(-found.losses), probabilities[np.arange(len(tokens) - 1), tokens[1:]], rtol=1e-4
     )
-    np.testing.assert_allclose(
-        found.probabilities[:, 0], probabilities.max(-1), rtol=1e-4
-    )
+    np.testing.assert_allclose(found.probabilities[:, 0], probabilities.max(-1), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
