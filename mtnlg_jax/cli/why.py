@@ -70,6 +70,7 @@ def main() -> None:
     compat.configure_cache()
 
     # Imported here: bad input is reported before JAX is imported, which takes longer.
+    from mtnlg_jax.evaluate.inside.files import write_results
     from mtnlg_jax.evaluate.why import page, report, run_why
 
     question = run_why.Question(
@@ -84,7 +85,7 @@ def main() -> None:
     result, shown = run_why.answer(question)
     print(page.lines(result), flush=True)
     folder = _OUTPUT.value or report.folder_of(_WORKDIR.value, result["step"])
-    names = run_why.write(result, shown, folder)
+    names = write_results(folder, "why", result, shown)
     print("wrote", ", ".join(os.path.join(folder, name) for name in names))
 
 

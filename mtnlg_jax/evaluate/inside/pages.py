@@ -1,5 +1,6 @@
 """Pages that show numbers by token: HTML of one file, readable without a network or scripts."""
 
+import base64
 import html
 import math
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,8 @@ _HIGH = "213,94,0"
 _LOW = "0,114,178"
 
 _STYLE = """
-:root { color-scheme: light dark; --ground: #fdfdfc; --ink: #1d1d1f; --soft: #5f6368; --line: #dcdcd8; }
+:root { color-scheme: light dark; --ground: #fdfdfc; --ink: #1d1d1f; --soft: #5f6368;
+  --line: #dcdcd8; }
 @media (prefers-color-scheme: dark) {
   :root { --ground: #17181a; --ink: #e9e9e7; --soft: #a2a5aa; --line: #3a3c40; } }
 body { margin: 0 auto; max-width: 62rem; padding: 1.2rem; background: var(--ground);
@@ -50,7 +52,7 @@ class Cell(NamedTuple):
 def page(title: str, parts: Iterable[str]) -> str:
     """Return a page of ``parts``, which are HTML."""
     shown = html.escape(title)
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
@@ -85,6 +87,13 @@ def shaded_text(pieces: Iterable[Shaded]) -> str:
         title = f' title="{html.escape(piece.title)}"' if piece.title else ""
         shown.append(f"<span{kind}{title}>{html.escape(piece.text)}</span>")
     return f'<div class="text">{"".join(shown)}</div>'
+
+
+def picture(content: bytes, title: str) -> str:
+    """Return a PNG inside the page."""
+    data = base64.b64encode(content).decode()
+    alt = html.escape(title)
+    return f'<img style="max-width:100%" alt="{alt}" src="data:image/png;base64,{data}">'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str | Cell]], left: Sequence[int]) -> str:

@@ -24,8 +24,9 @@ from mtnlg_jax.evaluate.why.suspects import Suspect
 
 _LEGEND = (
     "Score: by how many robust deviations the recorded loss and gradient norm would be nearer to "
-    "those of the neighbors without the document. Share: of the squared gradient norm; those of all documents add up to 100 %. The darker a "
-    "token, the higher its loss; a pointer on it shows the number."
+    "those of the neighbors without the document. Share: of the squared gradient norm; those of "
+    "all documents add up to 100 %. The darker a token, the higher its loss; a pointer on it shows "
+    "the number."
 )
 
 

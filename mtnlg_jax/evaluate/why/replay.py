@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config, MeshConfig, validate, validate_batch
 from mtnlg_jax.evaluate.why import programs, states

@@ -2,7 +2,6 @@
 
 # Shapes: L layers
 
-import datetime
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -14,8 +13,6 @@ from mtnlg_jax.evaluate.why.batch import Document
 from mtnlg_jax.evaluate.why.neighbors import REACH, Deviation, Recorded
 from mtnlg_jax.evaluate.why.replay import Replayed
 from mtnlg_jax.evaluate.why.suspects import Suspect
-from mtnlg_jax.train import describe
-from mtnlg_jax.train.metrics import environment
 
 SHOWN = 400  # characters of a document's text
 TOP_TOKENS = 8
@@ -30,30 +27,6 @@ _GROUPS = (
     ("mlm", "head"),
     ("final_norm", "final norm"),
 )
-
-
-def header(kind: str, step: int) -> dict[str, Any]:
-    """Return the keys that every file of results has."""
-    return {
-        "kind": kind,
-        "step": step,
-        "commit": describe.commit(),
-        "versions": environment()["versions"],
-        "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-
-
-def finite(value: Any) -> Any:
-    """Return ``value`` for JSON: numbers that are not finite are None."""
-    if isinstance(value, dict):
-        return {str(key): finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def source_name(step: Replayed, document: Document) -> str:

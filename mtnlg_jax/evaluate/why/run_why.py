@@ -1,14 +1,13 @@
 """Replay a step of a run: from its number to the report and its files."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
-from mtnlg_jax import storage
+from mtnlg_jax.evaluate.inside import files
 from mtnlg_jax.evaluate.why import page, report, states
 from mtnlg_jax.evaluate.why.neighbors import Recorded, deviations, largest, recorded_steps
 from mtnlg_jax.evaluate.why.replay import Opened, Replayed
@@ -108,7 +107,7 @@ def answer(question: Question) -> tuple[dict[str, Any], str]:
         result["replay"] = _compared(exact, recorded)
         notes.append(f"replay     {result['replay']['text']}")
     result["notes"] = notes
-    result = report.finite(result)
+    result = files.finite(result)
     return result, page.render(result, step, suspects, losses)
 
 
@@ -123,7 +122,7 @@ def _result(
 ) -> dict[str, Any]:
     """Return what the batch and the gradients say."""
     batch = step.batch
-    return report.header("why", number) | {
+    return files.header("why", number) | {
         "workdir": question.workdir,
         "mesh": described(mesh.shape),
         "stage": batch.config.train.stages[batch.stage].name,
@@ -171,11 +170,3 @@ def _compared(exact: dict[str, Any], recorded: Recorded | None) -> dict[str, Any
         )
         text = f"{changes}: another mesh, device or version rounds differently"
     return figures | {"equal": equal, "text": text}
-
-
-def write(result: dict[str, Any], shown: str, folder: str) -> list[str]:
-    """Write why.json and why.html to a folder or URL, and return their names."""
-    content = json.dumps(result, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    storage.write_file(folder, "why.json", content.encode(errors="backslashreplace"))
-    storage.write_file(folder, "why.html", shown.encode(errors="replace"))
-    return ["why.json", "why.html"]

@@ -8,7 +8,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config
-from mtnlg_jax.train import changes, checkpoint_arrays, init_from, manifest
+from mtnlg_jax.train import checkpoint_arrays, init_from, manifest
 from mtnlg_jax.train.inputs import Data
 from mtnlg_jax.train.loop import identity_of_data
 from mtnlg_jax.train.state import TrainState, abstract_state, init_state

@@ -25,8 +25,9 @@ def spiked(tmp_path_factory):
     prepare(folder / "texts.jsonl", folder / "data", vocab_size=360, heldout=0.02, progress=False)
     config = small_config(folder / "data")
     config = dataclasses.replace(config, mesh=MeshConfig(data=1))
+    one = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *a, one=jax.devices(): one[:1])
+        patch.setattr(jax, "devices", lambda *_: one)
         train(config, str(folder / "run"), show_progress=False)
     lines = (folder / "run/metrics.jsonl").read_text().splitlines()
     records = {r["step"]: r for r in map(json.loads, lines) if r["kind"] == "train"}

@@ -37,8 +37,9 @@ def texts(tmp_path_factory):
 
 
 def _trained(config, workdir):
+    one = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *a, one=jax.devices(): one[:1])
+        patch.setattr(jax, "devices", lambda *_: one)
         train(dataclasses.replace(config, mesh=MeshConfig(data=1)), str(workdir), False)
     return str(workdir)
 

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from mtnlg_jax.evaluate.why import page, run_why, states
+from mtnlg_jax.evaluate.inside.files import write_results
+from mtnlg_jax.evaluate.why import page, states
 from mtnlg_jax.evaluate.why.replay import Opened, Replayed
 from mtnlg_jax.evaluate.why.run_why import Question, answer
 
@@ -108,7 +109,7 @@ def test_few_documents_are_chosen_with_the_bad_one(spiked):
 
 
 def test_the_files_are_whole_json_and_html(report, tmp_path):
-    names = run_why.write(*report, str(tmp_path))
+    names = write_results(str(tmp_path), "why", *report)
     assert names == ["why.json", "why.html"]
     found = json.loads((tmp_path / "why.json").read_text())
     assert found["kind"] == "why" and found["step"] == SPIKE
