@@ -35,6 +35,7 @@ def patch(
     Raises ValueError where the prompts have different numbers of tokens, or the answers begin with
     one token.
     """
+    firsts = _first_tokens(subject, answers)
     prompts = [subject.ids(clean, "clean"), subject.ids(corrupt, "corrupt")]
     tokens = [token_texts(subject.tokenizer, ids) for ids in prompts]
     if len(prompts[0]) != len(prompts[1]):
@@ -47,7 +48,6 @@ def patch(
             f"{at} on {tokens[0][at : at + 4]} and {tokens[1][at : at + 4]}; patches need as many "
             "tokens in both: exchange words for others of as many tokens"
         )
-    firsts = _first_tokens(subject, answers)
     found = patch_everywhere(subject.model, *prompts, firsts, subject.causal, batch)
     names = _both_names(*tokens)
     parts = [

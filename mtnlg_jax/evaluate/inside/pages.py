@@ -163,11 +163,19 @@ def token_texts(tokenizer, ids: Iterable[int]) -> list[str]:
 
 
 def _shown(tokenizer, index: int) -> str:
+    return _bytes_of(tokenizer, index).decode("utf-8", "replace")
+
+
+def _bytes_of(tokenizer, index: int) -> bytes:
+    """Return the bytes that a token adds to a text, or the name of a special one."""
     if index < 0:  # a position of an image or of features
-        return f"<prefix {-index}>"
+        return f"<prefix {-index}>".encode()
     if index >= tokenizer.vocab_size:
-        return f"<unused {index}>"
-    return tokenizer.decode([index], skip_special=False)
+        return f"<unused {index}>".encode()
+    if index in tokenizer.special_names:
+        return tokenizer.special_names[index].encode()
+    # Not `decode`, which takes the space before the first word of a text away.
+    return tokenizer.token_bytes(index)
 
 
 def shaded_tokens(
@@ -177,12 +185,7 @@ def shaded_tokens(
 
     A piece of several tokens has the largest shade and all titles.
     """
-    pieces = [
-        tokenizer.token_bytes(int(index))
-        if 0 <= index < tokenizer.vocab_size and not tokenizer.is_special[index]
-        else _shown(tokenizer, int(index)).encode()
-        for index in ids
-    ]
+    pieces = [_bytes_of(tokenizer, int(index)) for index in ids]
     found = []
     for first, stop, text in grouped(pieces):
         strengths = [shade for shade in shades[first:stop] if shade is not None]

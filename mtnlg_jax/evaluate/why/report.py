@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mtnlg_jax.evaluate.inside.pages import token_texts
 from mtnlg_jax.evaluate.why.batch import Document
 from mtnlg_jax.evaluate.why.neighbors import REACH, Deviation, Recorded
 from mtnlg_jax.evaluate.why.replay import Replayed
@@ -107,7 +108,7 @@ def document_row(step: Replayed, suspect: Suspect, losses: np.ndarray) -> dict[s
                 before = tokenizer.decode(
                     [i for i in ids[max(0, position - 8) : position] if i >= 0]
                 )
-                shown = tokenizer.decode([index], skip_special=False)
+                shown = token_texts(tokenizer, [index])[0]
                 tokens.append({"token": shown, "loss": loss, "row": row, "behind": before})
     tokens.sort(key=lambda each: -each["loss"])
     return {
