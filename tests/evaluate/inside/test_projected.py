@@ -1,5 +1,7 @@
 """Projected gradients: equal to projections of whole gradients; a verbatim passage ranks first."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,3 +130,22 @@ def test_the_second_moment_by_hand():
     np.testing.assert_allclose(found.relative, wanted / np.sqrt(own))
     with pytest.raises(ValueError, match="damping=0"):
         influences(query, passages, damping=0)
+
+
+def test_the_passage_with_the_continuation_verbatim_ranks_first():
+    model = dataclasses.replace(MODEL, hidden_size=32, num_attention_heads=4)
+    config = projecting_config(model, rank=8, seed=0)
+    rows = _rows(24, 11, seed=3)
+    queries = [
+        (rows[verbatim][0][:10], np.array([0] * 5 + [1] * 4, np.float32)) for verbatim in (5, 17)
+    ]
+    _, gradients = project_gradients(
+        config,
+        init_parameters(model, 0),
+        draw_projections(config),
+        examples_of([*queries, *rows], 11),
+        batch=26,
+    )
+    for query, verbatim in zip(gradients, (5, 17), strict=False):
+        found = influences(query, gradients[2:])
+        assert np.argmax(found.relative) == verbatim and found.influence[verbatim] > 0
