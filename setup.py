@@ -70,6 +70,8 @@ setup(
             "mtnlg-generate=mtnlg_jax.cli.generate:run",
             "mtnlg-prepare=mtnlg_jax.cli.prepare:run",
             "mtnlg-evaluate=mtnlg_jax.cli.evaluate:run",
+            "mtnlg-inspect=mtnlg_jax.cli.inspect:run",
+            "mtnlg-why=mtnlg_jax.cli.why:run",
             "mtnlg-task=mtnlg_jax.cli.task:run",
             "mtnlg-adapt=mtnlg_jax.cli.adapt:run",
             "mtnlg-plan=mtnlg_jax.cli.plan:run",

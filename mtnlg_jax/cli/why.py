@@ -5,7 +5,8 @@
 
 The step's texts are shown by source and document, with the loss of every token, the norm of the
 gradient by layer, the recorded figures of its neighbors, and the same step with each suspicious
-document left out. "spike" takes the step of metrics.jsonl that is furthest from its neighbors.
+document left out. "spike" takes the step of metrics.jsonl whose loss or gradient norm is furthest
+above its neighbors; "loss" and "grad_norm" look at one of the two.
 
 The parameters are those of the newest checkpoint before the step, or of the start of the run. With
 --replay the true steps from there are run again, so that all figures are exactly those of the run:
@@ -29,7 +30,10 @@ from mtnlg_jax import command
 with command.flag_group("The step"):
     _WORKDIR = command.define_path("workdir", None, "folder of the run", required=True)
     _STEP = flags.DEFINE_string(
-        "step", None, "number of the step as in metrics.jsonl, or spike", required=True
+        "step",
+        None,
+        "number of the step as in metrics.jsonl; or spike, loss, grad_norm: the most unusual one",
+        required=True,
     )
     _CHECKPOINT = flags.DEFINE_integer(
         "checkpoint",
@@ -76,6 +80,7 @@ def main() -> None:
     question = run_why.Question(
         _WORKDIR.value,
         number,
+        _STEP.value if number is None and _STEP.value != "spike" else None,
         _CHECKPOINT.value,
         _REPLAY.value,
         tuple(_SET.value),
@@ -90,11 +95,14 @@ def main() -> None:
 
 
 def _number(given: str) -> int | None:
-    """Return the number of --step, None for spike. Raises ValueError on anything else."""
-    if given == "spike":
+    """Return the number of --step, None for a spike. Raises ValueError on anything else."""
+    if given in ("spike", "loss", "grad_norm"):
         return None
     if not given.isascii() or not given.isdigit() or int(given) < 1:
-        raise ValueError(f"--step={given} is not a step of a run; give a number from 1, or spike")
+        raise ValueError(
+            f"--step={given} is not a step of a run; give a number from 1, or spike, loss or "
+            "grad_norm"
+        )
     return int(given)
 
 

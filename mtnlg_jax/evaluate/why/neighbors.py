@@ -91,8 +91,11 @@ def _among(value: float, pairs: np.ndarray) -> Deviation:
     return Deviation(value, level, max(spread, _FLOOR * abs(level), 1e-12))
 
 
-def largest(records: Sequence[Recorded]) -> tuple[int, str, float]:
-    """Return (step, name of the figure, deviation) of the most unusual record.
+def largest(
+    records: Sequence[Recorded], figures: Sequence[str] = FIGURES
+) -> tuple[int, str, float]:
+    """Return (step, name of the figure, deviation) of the record with the largest deviation above
+    its neighbors, in one of ``figures``.
 
     A figure that is not finite is more unusual than any other. The first and last LEAST records of
     an objective have neighbors on one side alone, where a line says little: they are left out
@@ -110,6 +113,7 @@ def largest(records: Sequence[Recorded]) -> tuple[int, str, float]:
             (math.inf if math.isnan(each.value) else each.deviation, -record.step, name)
             for record in chosen
             for name, each in deviations(records, record.step).items()
+            if name in figures
         ]
         if found:
             deviation, step, name = max(found)

@@ -9,7 +9,13 @@ from jax.sharding import Mesh
 
 from mtnlg_jax.evaluate.inside import files
 from mtnlg_jax.evaluate.why import page, report, states
-from mtnlg_jax.evaluate.why.neighbors import Recorded, deviations, largest, recorded_steps
+from mtnlg_jax.evaluate.why.neighbors import (
+    FIGURES,
+    Recorded,
+    deviations,
+    largest,
+    recorded_steps,
+)
 from mtnlg_jax.evaluate.why.replay import Opened, Replayed
 from mtnlg_jax.evaluate.why.settings import Settings
 from mtnlg_jax.evaluate.why.suspects import choose_documents, leave_out, rank
@@ -23,6 +29,7 @@ class Question:
 
     workdir: str
     step: int | None  # as metrics.jsonl counts, from 1; None: the most unusual one
+    spike: str | None = None  # without a step: in which of `neighbors.FIGURES`; None: either
     checkpoint: int | None = None  # None: the newest before the step
     replay: bool = False  # run the true steps from the checkpoint on
     entries: tuple[str, ...] = ()  # KEY=VALUE, as for `settings.Settings`
@@ -30,8 +37,8 @@ class Question:
     top: int = 3  # documents without which the whole step is computed again
 
 
-def find_step(workdir: str) -> tuple[int, str]:
-    """Return the most unusual step of a run, and why it is.
+def find_step(workdir: str, figure: str | None = None) -> tuple[int, str]:
+    """Return the most unusual step of a run, by one figure or by any, and why it is.
 
     Raises FileNotFoundError without metrics.jsonl, and ValueError with too few steps in it.
     """
@@ -41,7 +48,7 @@ def find_step(workdir: str) -> tuple[int, str]:
             f"{workdir}/metrics.jsonl has no training step, so no unusual one can be found; give "
             "the number with --step"
         )
-    step, name, deviation = largest(records)
+    step, name, deviation = largest(records, FIGURES if figure is None else (figure,))
     return step, f"{name} is {deviation:.1f} robust deviations above its neighbors"
 
 
@@ -58,7 +65,7 @@ def answer(question: Question) -> tuple[dict[str, Any], str]:
     Settings(workdir, question.entries)  # first of all, whether this is a run
     why_this = None
     if question.step is None:
-        number, why_this = find_step(workdir)
+        number, why_this = find_step(workdir, question.spike)
     else:
         number = question.step
     if number < 1:
