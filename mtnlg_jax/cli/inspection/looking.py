@@ -15,20 +15,23 @@ def look(subject: "Subject", texts: list[str], names: list[str]) -> "Answer":
 
     mode = options.MODE.value
     if mode == "lens":
-        return readings.lens(subject, options.TEXT.value, options.GUESSES.value)
+        return readings.lens(subject, options.given(options.TEXT), options.GUESSES.value)
     if mode == "attention":
-        return readings.attention(subject, options.TEXT.value, options.LAYER.value)
+        return readings.attention(subject, options.given(options.TEXT), options.LAYER.value)
     if mode == "loss":
         return readings.loss(subject, texts, names, options.STRIDE.value, options.GUESSES.value)
     if mode == "patch":
         return comparisons.patch(
-            subject, options.CLEAN.value, options.CORRUPT.value, options.ANSWERS.value
+            subject,
+            options.given(options.CLEAN),
+            options.given(options.CORRUPT),
+            options.ANSWERS.value,
         )
     passages, total = find_passages(subject)
     return comparisons.influence(
         subject,
         options.PROMPT.value,
-        options.CONTINUATION.value,
+        options.given(options.CONTINUATION),
         passages,
         total,
         rank=options.RANK.value,

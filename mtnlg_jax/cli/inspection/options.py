@@ -53,7 +53,7 @@ with command.flag_group("Training passages (influence)"):
     SEED = flags.DEFINE_integer("seed", 0, "seed of projections and passages", lower_bound=0)
     SET = flags.DEFINE_multi_string("set", [], "where the data of the run are: data.path=OUT")
 
-_OF_MODE = {
+_OF_MODE: dict[str, tuple[tuple[flags.FlagHolder, ...], tuple[flags.FlagHolder, ...]]] = {
     "lens": ((TEXT,), (GUESSES,)),
     "attention": ((TEXT,), (LAYER,)),
     "loss": ((), (TEXT, INPUT, TEXT_KEY, DOCUMENTS, STRIDE, GUESSES)),
@@ -63,6 +63,12 @@ _OF_MODE = {
         (PROMPT, PASSAGES, TEXT_KEY, MOST, LENGTH, RANK, DAMPING, SEED, SET),
     ),
 }
+
+
+def given(holder: flags.FlagHolder) -> str:
+    """Return the value of a text flag that `check` requires."""
+    assert holder.value is not None, "checked"
+    return holder.value
 
 
 def check() -> None:

@@ -48,7 +48,7 @@ def patch(
             f"{at} on {tokens[0][at : at + 4]} and {tokens[1][at : at + 4]}; patches need as many "
             "tokens in both: exchange words for others of as many tokens"
         )
-    found = patch_everywhere(subject.model, *prompts, firsts, subject.causal, batch)
+    found = patch_everywhere(subject.model, prompts[0], prompts[1], firsts, subject.causal, batch)
     names = _both_names(*tokens)
     parts = [
         pages.paragraph(
@@ -71,9 +71,9 @@ def patch(
         "recover most:"
     ]
     for place in best:
-        point, layer, position = map(int, place)
+        at_point, layer, position = map(int, place)
         share = float(found.recovered_PLS[place])
-        lines.append(f"{share:8.3f}  {POINTS[point]:<9} layer {layer} at {names[position]}")
+        lines.append(f"{share:8.3f}  {POINTS[at_point]:<9} layer {layer} at {names[position]}")
     result = header("patch", subject.step) | {
         "workdir": subject.workdir,
         "clean": clean,

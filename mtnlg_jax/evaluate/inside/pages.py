@@ -4,7 +4,7 @@ import base64
 import html
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Okabe and Ito's vermilion and blue, which the color-blind tell apart.
 _HIGH = "213,94,0"
@@ -96,8 +96,8 @@ def picture(content: bytes, title: str) -> str:
     return f'<img style="max-width:100%" alt="{alt}" src="data:image/png;base64,{data}">'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str | Cell]], left: Sequence[int]) -> str:
-    """Return a table; the columns ``left`` are text."""
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: Sequence[int]) -> str:
+    """Return a table of texts and Cells; the columns ``left`` are aligned left."""
     kinds = [' class="left"' if number in left else "" for number in range(len(head))]
     lines = ["<tr>" + "".join(map("<th{}>{}</th>".format, kinds, map(html.escape, head))) + "</tr>"]
     for row in rows:

@@ -138,10 +138,11 @@ def attention(subject: Subject, text: str, layer: int | None = None) -> Answer:
     }
     title = f"Attention of {subject.workdir}, checkpoint {subject.step}"
     lines = [f"{'layer':>5} {'head':>4} {'to previous':>12} {'to first':>9} {'entropy':>8}"]
-    for each in heads:
+    for figures_of_head in heads:
         lines.append(
-            f"{each['layer']:>5} {each['head']:>4} {each['to_previous']:>12.3f} "
-            f"{each['to_first']:>9.3f} {each['entropy']:>8.3f}"
+            "{layer:>5} {head:>4} {to_previous:>12.3f} {to_first:>9.3f} {entropy:>8.3f}".format(
+                **figures_of_head
+            )
         )
     return Answer(result, pages.page(title, parts), drawn, "\n".join(lines))
 

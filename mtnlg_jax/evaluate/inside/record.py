@@ -82,7 +82,9 @@ def run_recorded(
         x_BSD = block(x_BSD, positions_BS, attend, added, model.config.layer(layer))
     found[RESIDUAL].append(x_BSD)
     return Recorded(
-        *(jnp.stack(found[point]) for point in POINTS),
+        jnp.stack(found[RESIDUAL]),
+        jnp.stack(found[ATTENTION]),
+        jnp.stack(found[MLP]),
         jnp.stack(found["maps"]) if maps else None,
         jnp.stack(found["sinks"]) if found["sinks"] else None,
     )

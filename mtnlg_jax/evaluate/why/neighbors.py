@@ -101,8 +101,8 @@ def largest(
     an objective have neighbors on one side alone, where a line says little: they are left out
     where others are left. Raises ValueError where there are too few records.
     """
-    inner = []
-    outer = []
+    inner: list[Recorded] = []
+    outer: list[Recorded] = []
     for kind in dict.fromkeys(record.objective for record in records):
         same = [record for record in records if record.objective == kind]
         for index, record in enumerate(same):

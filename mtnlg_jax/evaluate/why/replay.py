@@ -200,8 +200,8 @@ class Replayed:
             nats += own * float(loss)
             part = programs.added(part, gradient, own / self.batch.total)
         share = weight / self.batch.total
-        measured = programs.measured_part(part, self._gradient, share)
-        return share, nats / max(weight, 1.0), *map(float, measured)
+        norm, of_norm, rest = programs.measured_part(part, self._gradient, share)
+        return share, nats / max(weight, 1.0), float(norm), float(of_norm), float(rest)
 
 
 def _fitting_mesh(config: Config, given: bool) -> tuple[MeshConfig, Sequence[jax.Device]]:

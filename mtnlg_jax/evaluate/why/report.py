@@ -101,7 +101,7 @@ def document_row(step: Replayed, suspect: Suspect, losses: np.ndarray) -> dict[s
     """Return the figures of a document."""
     part = suspect.part
     tokenizer = step.batch.data.tokenizer
-    tokens = []
+    tokens: list[dict[str, Any]] = []
     for row, ids, own in pieces_of(step, part.document, losses):
         for position, (index, loss) in enumerate(zip(ids, own, strict=True)):
             if not math.isnan(loss):
