@@ -58,6 +58,13 @@ def test_the_standard_module_is_found_only_with_the_way_around(tmp_path):
     assert "inspect" in _started(tmp_path / "other.py").stderr
 
 
+def test_why_refuses_what_is_no_step_of_a_run(tmp_path):
+    for step, words in (("3", "is not a run of launch/pretrain.py"), ("0", "--step=0")):
+        done = _started(LAUNCH / "why.py", f"--workdir={tmp_path}", f"--step={step}")
+        assert done.returncode == 2 and words in done.stderr and done.stdout == ""
+        assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.fixture(scope="module")
 def ask(answering, tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspect")

@@ -39,11 +39,13 @@ def choose_documents(step: Replayed, losses: np.ndarray, most: int) -> list[Docu
     documents = [document for document, weight in weights.items() if weight > 0]
     if len(documents) <= most:
         return documents
-    mean = float(np.nanmean(losses))
+    predicted = batch.rows["weights"] > 0
+    mean = float(np.mean(losses[predicted & np.isfinite(losses)]))
 
     def excess(document: Document) -> float:
-        own = losses[batch.mask(document)]
-        return float(np.nansum(own)) - mean * weights[document]
+        own = losses[batch.mask(document) & predicted]
+        # A loss that is not finite is the first to look at.
+        return float(own.sum()) - mean * len(own) if np.isfinite(own).all() else math.inf
 
     chosen = sorted(documents, key=excess, reverse=True)[: (most + 1) // 2]
     norms = step.row_norms()

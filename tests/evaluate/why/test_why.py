@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 
+from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.evaluate.inside.files import write_results
 from mtnlg_jax.evaluate.why import page, states
 from mtnlg_jax.evaluate.why.replay import Opened, Replayed
@@ -118,6 +120,9 @@ def test_the_files_are_whole_json_and_html(report, tmp_path):
 
 def test_bad_input_is_one_error(spiked, tmp_path):
     run = spiked.run
+    (tmp_path / "other.txt").write_text("the captain slept on the ship. " * 99)
+    tokenizer = str(spiked.folder / "data/tokenizer")
+    prepare(tmp_path / "other.txt", tmp_path / "other", tokenizer=tokenizer, progress=False)
     for question, words in (
         (Question(run, 99), "--step=99 is beyond the run"),
         (Question(run, 0), "--step=0"),
@@ -126,12 +131,19 @@ def test_bad_input_is_one_error(spiked, tmp_path):
         (Question(run, 24, checkpoint=30, replay=True), "--replay goes forward"),
         (Question(run, 24, entries=("optimizer.b1=0.5",)), "would make another step"),
         (Question(run, 24, entries=(f"data.path={tmp_path}/gone",)), "gone"),
+        (Question(run, 24, entries=(f"data.path={tmp_path}/other",)), "data.source 0"),
         (Question(str(tmp_path), 24), "is not a run"),
         (Question(run, 24, entries=("mesh.tensor=3",)), "mesh"),
     ):
         with pytest.raises((ValueError, OSError)) as error:
             answer(question)
         assert words in str(error.value), error.value
+
+
+def test_without_metrics_no_spike_is_found(spiked, tmp_path):
+    shutil.copy(f"{spiked.run}/config.json", tmp_path)
+    with pytest.raises(FileNotFoundError, match="give the number with --step"):
+        answer(Question(str(tmp_path), None))
 
 
 def test_a_later_checkpoint_says_so(spiked):
