@@ -21,7 +21,11 @@ def _started(*arguments, cwd=None):
     )
 
 
-SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.py"))
+QUICK = ("inspect.py", "pretrain.py", "quickstart.py", "why.py")
+SCRIPTS = [
+    path.name if path.name in QUICK else pytest.param(path.name, marks=pytest.mark.slow)
+    for path in sorted(LAUNCH.glob("*.py"))
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -53,7 +53,7 @@ def test_projections_of_gradients_without_the_gradients():
     config = projecting_config(MODEL, rank=3, seed=1)
     params = init_parameters(MODEL, 0)
     projections = draw_projections(config)
-    rows = [*_rows(2, 9), (np.arange(5), np.array([0, 0, 1, 1], np.float32))]
+    rows = [*_rows(2, 9), (np.arange(10), np.array([0, 1] * 4 + [1], np.float32))]
     losses, found = project_gradients(config, params, projections, examples_of(rows, 9), batch=2)
     matrices = {"in": "mlp.w_in_DF", "k": "attention.w_k_DKH", "o": "attention.w_o_NHD"}
     matrices |= {"out": "mlp.w_out_FD", "q": "attention.w_q_DNH", "v": "attention.w_v_DKH"}
@@ -74,6 +74,7 @@ def test_projections_of_gradients_without_the_gradients():
         np.testing.assert_allclose(got, wanted, atol=2e-6 * np.abs(wanted).max() + 1e-7)
 
 
+@pytest.mark.slow
 def test_experts_are_projected_too():
     moe = MoEConfig(num_moe_experts=2, moe_router_topk=1)
     model = ModelConfig(
