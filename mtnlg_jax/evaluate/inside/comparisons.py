@@ -12,7 +12,7 @@ from mtnlg_jax.evaluate.inside import figures, pages
 from mtnlg_jax.evaluate.inside.files import header
 from mtnlg_jax.evaluate.inside.influence import influences
 from mtnlg_jax.evaluate.inside.pages import Cell, token_texts
-from mtnlg_jax.evaluate.inside.passages import Passage
+from mtnlg_jax.evaluate.inside.passages import Passage, after_bos
 from mtnlg_jax.evaluate.inside.patching import patch_everywhere
 from mtnlg_jax.evaluate.inside.projected import (
     draw_projections,
@@ -145,7 +145,9 @@ def influence(
         raise ValueError(f"{subject.workdir} is a model of masked text and continues nothing")
     tokenizer = subject.tokenizer
     # Texts of training begin with bos, and the first token of the continuation needs one before.
-    context = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    context = after_bos(tokenizer, prompt)
+    if not context:
+        raise ValueError("this tokenizer has no bos, so --prompt must hold a token")
     answer = tokenizer.encode(continuation)
     if not answer:
         raise ValueError("--continuation is empty; give the text whose probability is asked for")

@@ -18,13 +18,19 @@ class Passage(NamedTuple):
     weights: np.ndarray  # float32 [n]; 0 where nothing is trained on, as in prompts of pairs
 
 
+def after_bos(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text behind bos, as training reads it; without, if there is none."""
+    bos = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+    return [*bos, *tokenizer.encode(text)]
+
+
 def passages_of_texts(
     tokenizer: Any, texts: Sequence[str], source: str, length: int
 ) -> list[Passage]:
     """Return the passages of ``length`` predicted tokens of each text, in order."""
     found = []
     for number, text in enumerate(texts):
-        ids = np.array([tokenizer.bos_id, *tokenizer.encode(text)], np.int32)
+        ids = np.array(after_bos(tokenizer, text), np.int32)
         for begin in range(0, len(ids) - 1, length):
             tokens = ids[begin : begin + length + 1]
             weights = np.ones(len(tokens) - 1, np.float32)

@@ -12,6 +12,7 @@ from mtnlg_jax.evaluate.inside import figures, pages
 from mtnlg_jax.evaluate.inside.files import header
 from mtnlg_jax.evaluate.inside.logit_lens import attention_maps, read_layers
 from mtnlg_jax.evaluate.inside.pages import Cell, token_texts
+from mtnlg_jax.evaluate.inside.passages import after_bos
 from mtnlg_jax.evaluate.inside.subject import Answer, Subject
 from mtnlg_jax.evaluate.inside.token_loss import TokenLosses, token_losses
 
@@ -207,7 +208,9 @@ def loss(
     series = []
     lines = []
     for text, name in zip(texts, names, strict=True):
-        found = token_losses(subject.model, _scored(tokenizer, text), stride, guesses)
+        # Behind bos, which predicts the first token, as `evaluate_texts` scores it.
+        ids = after_bos(tokenizer, text)
+        found = token_losses(subject.model, ids, stride, guesses)
         titles = [_title(tokenizer, found, at) for at in range(len(found.tokens))]
         shades = [pages.shade_of_loss(float(each)) for each in found.losses]
         mean = float(found.losses.mean())
@@ -238,11 +241,6 @@ def loss(
     title = f"Loss by token of {subject.workdir}, checkpoint {subject.step}"
     drawn = figures.losses(series, names)
     return Answer(result, pages.page(title, parts), drawn, "\n".join(lines))
-
-
-def _scored(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of a text behind one that predicts the first, as `evaluate_texts` does."""
-    return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
 def _title(tokenizer: Any, found: TokenLosses, at: int) -> str:
