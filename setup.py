@@ -121,6 +121,8 @@ setup(
             "mtnlg-evaluate=mtnlg_jax.cli.evaluate:run",
             "mtnlg-bias=mtnlg_jax.cli.bias:run",
             "mtnlg-audit=mtnlg_jax.cli.audit:run",
+            "mtnlg-inspect=mtnlg_jax.cli.inspect:run",
+            "mtnlg-why=mtnlg_jax.cli.why:run",
             "mtnlg-task=mtnlg_jax.cli.task:run",
             "mtnlg-adapt=mtnlg_jax.cli.adapt:run",
             "mtnlg-plan=mtnlg_jax.cli.plan:run",

@@ -60,18 +60,18 @@ class Batches:
                     f"{tokens.location} has {len(tokens)} tokens, sequence_length="
                     f"{sequence_length} needs {sequence_length + 1}: shorten it or add text"
                 )
-        self._sources = [tokens for tokens, _ in sources]
+        self.sources = [tokens for tokens, _ in sources]
         self._length = sequence_length
         self._seed = seed
         self._packed = [
             packed(tokens, sequence_length) if tokens.answers_only else None
-            for tokens in self._sources
+            for tokens in self.sources
         ]
-        self._sizes = np.array([len(tokens) for tokens in self._sources])
+        self._sizes = np.array([len(tokens) for tokens in self.sources])
         self._windows = np.array(
             [
                 pack.count if pack else -(-len(tokens) // sequence_length)
-                for tokens, pack in zip(self._sources, self._packed, strict=True)
+                for tokens, pack in zip(self.sources, self._packed, strict=True)
             ]
         )
         weights = np.array([weight for _, weight in sources], float)
@@ -83,7 +83,7 @@ class Batches:
     @property
     def has_answers(self) -> bool:
         """Whether a source has tokens that are read and not predicted."""
-        return any(tokens.answers_only for tokens in self._sources)
+        return any(tokens.answers_only for tokens in self.sources)
 
     def rows(self, samples: np.ndarray) -> dict[str, np.ndarray]:
         """Return int32 ``tokens``, ``segment_ids`` and ``positions``, each [n, S + 1], of sample
@@ -96,6 +96,22 @@ class Batches:
         or features, ``prefix`` [n, ...] holds them and ``prefixed`` [n] is 1 for rows with one:
         the first tokens of these, all 0, leave room for it.
         """
+        source, window, starts = self.locate(samples)
+        shape = (len(samples), self._length + 1)
+        rows = _empty(self.sources, shape)
+        for index in np.unique(source):
+            chosen = source == index
+            if self._packed[index]:
+                windows = self._packed[index].rows(window[chosen])
+            else:
+                windows = _windows(self.sources[index], starts[chosen], shape[1])
+            for name, values in windows.items():
+                rows[name][chosen] = values
+        return rows
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return of sample numbers [n]: the index in ``sources``, the number of the window there,
+        and its first token (of pairs and conversations see `Packed`), int64 [n] each."""
         samples = np.asarray(samples, np.int64)
         source, number = self._blend(samples)
         counts = self._windows[source]
@@ -105,17 +121,7 @@ class Batches:
         size = self._sizes[source]
         shift = _keys(self._seed, _SHIFT, source, epoch) % size.astype(np.uint64)
         starts = (window * self._length + shift.astype(np.int64)) % size
-        shape = (len(samples), self._length + 1)
-        rows = _empty(self._sources, shape)
-        for index in np.unique(source):
-            chosen = source == index
-            if self._packed[index]:
-                windows = self._packed[index].rows(window[chosen])
-            else:
-                windows = _windows(self._sources[index], starts[chosen], shape[1])
-            for name, values in windows.items():
-                rows[name][chosen] = values
-        return rows
+        return source, window, starts
 
     def _blend(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the source of each sample, and how many samples of that source precede it."""
@@ -223,7 +229,8 @@ class Packed:
             last = first + 1 if tokens.prefixes is not None else last
             rows.append((ends[first] - kept[first], ends[last - 1]))
             first = last
-        self._stretches = np.array(rows, np.int64).reshape(-1, 2)
+        # [rows, 2]: the tokens of each row, from the first to before the last.
+        self.stretches = np.array(rows, np.int64).reshape(-1, 2)
 
     def _refuse_long(self, lengths: np.ndarray) -> None:
         if lengths.size and lengths.max() > self._size:
@@ -237,12 +244,12 @@ class Packed:
     @property
     def count(self) -> int:
         """The number of rows that hold all pairs or conversations once."""
-        return len(self._stretches)
+        return len(self.stretches)
 
     def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Return rows as `Batches.rows` does, with ``answers``; those beyond the last are empty."""
         inside = numbers < self.count
-        begins, ends = self._stretches[np.where(inside, numbers, 0)].T
+        begins, ends = self.stretches[np.where(inside, numbers, 0)].T
         rows = {
             name: np.zeros((len(numbers), self._size), np.int32) for name in (*_NAMES, "answers")
         }

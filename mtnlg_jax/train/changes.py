@@ -32,8 +32,8 @@ from mtnlg_jax.train.schedule import (
     stage_bounds,
 )
 
-# The checkpoint's identity refuses these (`loop._identity`, `init_from.meaning`), by value rather
-# than by name: data.path and the paths of a blend may move while the tokens stay the same.
+# The checkpoint's identity refuses these (`loop.identity_of_data`, `init_from.meaning`), by value
+# rather than by name: data.path and the paths of a blend may move while the tokens stay the same.
 _SECTIONS = {"rope_scaling": RopeScaling, "multipliers": Multipliers}
 _SECTIONS |= {"moe": MoEConfig, "prefix": PrefixConfig}
 _TRAINING_OF_MOE = {

@@ -213,17 +213,7 @@ class Checkpoints:
         if chosen is None:
             return None
         path = self.folder / str(chosen["step"])
-        params, rest = checkpoint_arrays.split(flat)
-        read_params = checkpoint_arrays.read(path / "params", params)
-        arrays = {f"params.{name}": array for name, array in read_params.items()}
-        if chosen["params_only"]:
-            arrays |= checkpoint_arrays.zeros(rest)
-        else:
-            arrays |= checkpoint_arrays.read(path / "rest", rest)
-        # By name and not by position: the order of leaves on disk does not matter.
-        state = jax.tree.unflatten(
-            jax.tree.structure(abstract_state), [arrays[name] for name in flat]
-        )
+        state = checkpoint_arrays.read_state(path, abstract_state, chosen["params_only"])
         self._unproven = None if chosen["proven"] else chosen["step"]
         return chosen["step"], state, chosen["meta"]
 

@@ -247,6 +247,18 @@ def read(path: epath.Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
         return reader.restore(path, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments))
 
 
+def read_state(path: epath.Path, abstract_state: Any, params_only: bool) -> Any:
+    """Return the state below ``path``, in the structure, types and shardings of
+    ``abstract_state``; with ``params_only`` the rest is that of a fresh start."""
+    flat = flatten(abstract_state)
+    params, rest = split(flat)
+    read_params = read(path / "params", params)
+    arrays = {f"params.{name}": array for name, array in read_params.items()}
+    arrays |= zeros(rest) if params_only else read(path / "rest", rest)
+    # By name and not by position: the order of leaves on disk does not matter.
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in flat])
+
+
 def zeros(abstract: dict[str, Any]) -> dict[str, jax.Array]:
     """Return the optimizer state and counters of a fresh start."""
     one_device = SingleDeviceSharding(jax.local_devices()[0])

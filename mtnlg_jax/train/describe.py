@@ -33,6 +33,7 @@ huggingface/      of a run that came from a model of another format: its config.
 metrics.jsonl     a line for each step (kind train), each evaluation (kind eval) and each evaluation
                   of tasks (kind tasks); loss in nats per token
 loss.png          the curves;  tensorboard/ the same for TensorBoard (pip install tensorboard)
+why/, inspect/    results of launch/why.py and launch/inspect.py
 stacks-N.txt      stacks of process N when it no longer made progress; .lock-N: the process that
                   writes here
 

@@ -1,6 +1,7 @@
 """The inputs of a run: sources, tokenizer, held-out text, and the batch of each step."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -105,17 +106,16 @@ def resolve(config: Config, tokenizer: Tokenizer) -> Config:
     return config
 
 
-def batch_at(
-    config: Config, mesh: Mesh, data: Data, step: int, first: int
-) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
-    """Return (batch arrays (M, B, S), micro-batches in use, sequences) of ``step``.
+def rows_at(
+    config: Config, data: Data, step: int, first: int
+) -> tuple[Callable[[np.ndarray], dict[str, np.ndarray]], int]:
+    """Return (a function from row numbers to the arrays of these rows, sequences) of ``step``.
 
-    ``first`` is the number of samples before it. The batch depends on these two and the seed alone,
-    not on the mesh. During a batch ramp the rest of the arrays is filled with rows of weight 0.
+    ``first`` is the number of samples before it. The rows depend on these two and the seed alone.
+    Rows from ``sequences`` on have weight 0.
     """
     # By samples, so that a resume with another batch size continues the ramp where it was.
     sequences = batch_size_at(config.train, first)
-    micro_batches, rows = micro_batch_shape(config, mesh)
     number, _, _ = stage_at(config.train, step)
     masked = is_masked(config.train, step)
 
@@ -135,6 +135,19 @@ def batch_at(
         made["weights"] = made["weights"] * used[:, None]
         return made
 
+    return rows_of, sequences
+
+
+def batch_at(
+    config: Config, mesh: Mesh, data: Data, step: int, first: int
+) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+    """Return (batch arrays (M, B, S), micro-batches in use, sequences) of ``step``.
+
+    ``first`` is the number of samples before it. The batch depends on these two and the seed alone,
+    not on the mesh. During a batch ramp the rest of the arrays is filled with rows of weight 0.
+    """
+    rows_of, sequences = rows_at(config, data, step, first)
+    micro_batches, rows = micro_batch_shape(config, mesh)
     shape = (micro_batches, rows, config.sequence_length)
     # As arrays, since Python numbers would be constants of the program. Rounded up: the last
     # micro-batch may be partly unused.

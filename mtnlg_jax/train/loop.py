@@ -70,7 +70,7 @@ def train(
         checkpoints = resources.enter_context(closing(_open_checkpoints(config, workdir)))
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())
         teachers = init_from.load_teachers(config, mesh)
-        identity = _identity(config, data) | init_from.identity_of(config, teachers)
+        identity = identity_of_data(config, data) | init_from.identity_of(config, teachers)
         config, first, state, restored = _first_state(config, mesh, checkpoints, identity)
         # Data order, the batch ramp and the learning rate follow the samples, not the steps.
         samples = int(state.samples)
@@ -155,7 +155,7 @@ def _open_checkpoints(config: Config, workdir: str) -> Checkpoints:
     return Checkpoints(folder, config.train.keep_last, config.train.keep_best)
 
 
-def _identity(config: Config, data: Data) -> dict[str, dict]:
+def identity_of_data(config: Config, data: Data) -> dict[str, dict]:
     """Return what must not change when a run resumes: model architecture, tokenizer and data."""
     return {
         "model": init_from.recorded_meaning(config.model),

@@ -16,6 +16,7 @@ from mtnlg_jax.model.loss import (
     cross_entropy,
     cross_entropy_by_group,
     distilled_cross_entropy,
+    token_log_probs,
 )
 from mtnlg_jax.model.params import Params, join_params, split_params
 from mtnlg_jax.model.transformer import Transformer, abstract_model
@@ -151,6 +152,20 @@ class MicroBatches:
         # Divided by the weight of the whole batch and not of the micro-batch, so that every token
         # counts the same however they are spread, and shares add up to the mean.
         return nats / self.total
+
+    def token_losses(self, rest: nnx.State, number: int | jax.Array, x_BSD: jax.Array) -> jax.Array:
+        """Return -log p(label) of every token of weight above 0, float32 (B, S), given the output
+        of the last layer; others have any number. Neither smoothing nor a teacher is in it."""
+        model = self._model(rest)
+        micro = self._select(number)
+        x_BSD = model.finish(x_BSD)
+        log_probs = token_log_probs(
+            x_BSD.reshape(-1, x_BSD.shape[-1]),
+            model.head(),
+            micro["labels"].reshape(-1),
+            self.config.train.loss_chunk,
+        )
+        return -log_probs.reshape(micro["labels"].shape)
 
     def _select(self, number: int | jax.Array) -> dict[str, jax.Array]:
         return {

@@ -4,7 +4,7 @@ import pytest
 from flax import nnx
 
 from mtnlg_jax.config import ModelConfig
-from mtnlg_jax.evaluate.logit_lens import look_inside
+from mtnlg_jax.evaluate.inside.logit_lens import look_inside
 from mtnlg_jax.model.tensor_products import multiply_each
 from mtnlg_jax.model.transformer import Transformer
 

@@ -1,0 +1,1 @@
+"""Why a training step was unusual: launch/why.py."""
