@@ -5,8 +5,8 @@ for all of its continuations, and what several contexts or continuations begin w
 well. Logits are computed where a continuation is predicted, and nowhere else.
 """
 
-# Shapes: B rows, S indices in a row, I indices of all rows, D width, W places of the head, C places of
-# a part, M labels of a place, V vocabulary; in attention Q queries, T keys, N heads
+# Shapes: B rows, S indices in a row, I indices of all rows, D width, W places of the head,
+# C places of a part, M labels of a place, V vocabulary; in attention Q queries, T keys, N heads
 
 import collections
 import functools
