@@ -76,7 +76,7 @@ def put_batch(
 
     ``rows_of(numbers)`` returns a dict of (n, S) arrays for global row numbers m * B + b, and for
     a ``model`` with a prefix "prefix" (n, *model.prefix.shape). It is called only for rows that
-    this process holds.
+    this process holds. It may return other numbers of the rows for dropout, "rows" (n,).
     """
     model = ModelConfig() if model is None else model
     micro, rows, length = shape
@@ -93,8 +93,9 @@ def put_batch(
             numbers = (np.arange(micro)[:, None] * rows + np.arange(*key)).reshape(-1)
             found = rows_of(numbers)
             prefix = {"prefix": found.pop("prefix")} if model.prefix.positions else {}
+            named = found.pop("rows", numbers)
             flat = {name: x[:, order] for name, x in found.items()} | prefix
-            flat["rows"] = numbers.astype(np.int32)
+            flat["rows"] = named.astype(np.int32)
             parts[key] = {
                 name: x.reshape(micro, key[1] - key[0], *x.shape[1:]) for name, x in flat.items()
             }
