@@ -17,6 +17,7 @@ from mtnlg_jax.config.checks import (
 from mtnlg_jax.config.coerce import coerce
 from mtnlg_jax.config.decode_rules import validate_decode
 from mtnlg_jax.config.model import BIASES, ModelConfig
+from mtnlg_jax.config.privacy_rules import check_privacy
 from mtnlg_jax.config.schema import Config, StageConfig
 
 
@@ -136,6 +137,7 @@ def validate(config: Config) -> None:
     for stage in config.train.stages:
         _check_stage(stage, config)
     _check_lora(config)
+    check_privacy(config)
     data = 1 if config.mesh.data == -1 else config.mesh.data
     validate_batch(config, data * config.mesh.expert)
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import Config, ModelConfig
+from mtnlg_jax.data.poisson import capacity
 from mtnlg_jax.parallel.collectives import zigzag
 from mtnlg_jax.parallel.mesh import BATCH, ROWS, row_shards
 
@@ -45,9 +46,18 @@ def micro_batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
     return -(-micro_batches // unit) * unit, rows
 
 
+def private_batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """Return (M, B) of a batch of Poisson sampling: of each micro-batch a shard has one unit."""
+    per_unit = config.optimizer.rows_of_unit
+    shards = row_shards(mesh.shape)
+    room = capacity(config.train.global_batch_size / per_unit)
+    return -(-room // shards), shards * per_unit
+
+
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the largest batch as ShapeDtypeStructs: every step is compiled for this input."""
-    micro, rows = micro_batch_shape(config, mesh)
+    shape_of = private_batch_shape if config.optimizer.private else micro_batch_shape
+    micro, rows = shape_of(config, mesh)
 
     def one(name):
         shape, spec = layout_of(name, (micro, rows, config.sequence_length), config.model)

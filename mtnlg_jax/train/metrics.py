@@ -277,6 +277,7 @@ TRAINING_LOSSES = {
     "loss": "cross entropy, nats a token",
     "smoothed_loss": "training objective:\ncross entropy with label smoothing",
     "distillation_loss": "training objective:\ndistillation",
+    "nonprivate_loss": "training loss, not private:\nmean over the examples of a step",
 }
 _DECAY = 0.9  # the smoothed line weighs a neighbor by this to the power of its distance
 _REACH = 60  # neighbors on either side

@@ -1,20 +1,19 @@
 """Gradients of DP-SGD (Abadi 2016, algorithm 1): each unit's clipped, their sum noised, then divided
 by the expected number of units.
 
-A unit is dp_source_rows rows of the batch, one by default, on one shard of data. Its loss is the
-mean over its own tokens and its dropout masks follow its own numbers, so that no other unit changes
-its gradient. Nothing is summed over data before it is clipped.
+A unit is dp_source_rows rows of the batch, one by default: a micro-batch of one shard of data. Its
+loss is the mean over its own tokens and its dropout masks follow its own numbers, so that no other
+unit changes its gradient. Nothing is summed over data before it is clipped.
 """
 
-# Shapes: M micro-batches, B rows of one on this device, U units of R rows, S query positions
+# Shapes: M micro-batches, R rows of a unit, S query positions
 
-import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,7 +22,7 @@ from mtnlg_jax.config import Config
 from mtnlg_jax.model.params import Params, join_params, split_params
 from mtnlg_jax.parallel.collectives import reduce_gradients, squared_norm, sum_over, vary
 from mtnlg_jax.parallel.mesh import AXIS_OF, ROWS, dims_of, specs_of, whole_dims
-from mtnlg_jax.parallel.pipeline import to_rounds, zeros
+from mtnlg_jax.parallel.pipeline import add, to_rounds, zeros
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.gradients import batch_specs, over_mesh, sum_shared, through_pipeline
 from mtnlg_jax.train.micro_batches import MicroBatches
@@ -33,9 +32,10 @@ from mtnlg_jax.train.weights import make_weights
 def make_clipped_gradients(config: Config, mesh: Mesh, causal: bool) -> Callable:
     """Return (params, batch, count, key) -> (figures, the sum of the clipped gradients).
 
-    Arguments and gradients are those of `make_loss_and_gradients`. The figures are float32 sums
-    over units, and none of them is private: "loss", "units", "clipped" (units whose gradient was
-    scaled down) and "nonfinite" (units whose gradient was not finite and counts as 0).
+    Arguments and gradients are those of `make_loss_and_gradients`; of a micro-batch each shard of
+    data has one unit, (M, R, S). The figures are float32 sums over units, and none of them is
+    private: "loss", "units", "clipped" (units whose gradient was scaled down) and "nonfinite"
+    (units whose gradient was not finite and counts as 0).
     """
     zero = config.mesh.zero
     tensor = mesh.shape["tensor"]
@@ -92,22 +92,20 @@ def make_clipped_gradients(config: Config, mesh: Mesh, causal: bool) -> Callable
             params = split_params(params)
             params = params._replace(blocks=order(params.blocks))
         params = weights.at_start(params)
-        per_unit = config.optimizer.rows_of_unit
+        assert batch["tokens"].shape[1] == config.optimizer.rows_of_unit, "one unit of this device"
 
-        def of_micro_batch(m, sums):
-            micro = {
+        # One unit at a time: several at once (vmap) take no less time on a CPU, and hold a gradient
+        # each. So do two passes, of which the first finds the norms alone.
+        def one(m, sums):
+            unit = {
                 name: lax.dynamic_index_in_dim(x, m, 0, keepdims=False) for name, x in batch.items()
             }
-            units = {
-                name: x.reshape(-1, per_unit, *x.shape[1:]) for name, x in micro.items()
-            }
-            found = jax.vmap(lambda unit: clipped(params, unit, key))(units)
-            return jax.tree.map(lambda a, b: a + b.sum(0), sums, found)
+            return add(sums, clipped(params, unit, key))
 
         trained = targets(join_params(params) if pipelined else params)
         names = ("loss", "units", "clipped", "nonfinite")
         start = vary((dict.fromkeys(names, jnp.float32(0)), zeros(trained)))
-        figures, gradients = lax.fori_loop(0, count, of_micro_batch, start)
+        figures, gradients = lax.fori_loop(0, count, one, start)
         gradients = reduce_gradients(gradients, zero, scattered=False, whole=unsplit)
         return _summed(figures), _natural(gradients, rounds) if pipelined else gradients
 
@@ -133,6 +131,32 @@ def _natural(gradients: Any, rounds: int) -> Any:
     if adapters:
         return {"blocks": blocks}
     return join_params(split_params(gradients)._replace(blocks=blocks))
+
+
+def make_private_gradients(config: Config, mesh: Mesh, causal: bool, secret: bytes) -> Callable:
+    """Return (params, batch, count, key, step, sequences) -> (mean loss, private gradients,
+    figures) over the whole mesh.
+
+    The first four arguments are those of `make_loss_and_gradients`. ``sequences`` is the expected
+    number of rows of this step; ``secret`` decides the noise. Of the results only the gradients are
+    private: the loss is the mean over this step's units, and the figures name what is not.
+    """
+    clipped_gradients = make_clipped_gradients(config, mesh, causal)
+    noised_mean = make_noised_mean(config, mesh)
+    # 64 bits, which is what JAX's generator takes.
+    noise_key = np.frombuffer(secret[:8], np.uint32)
+
+    def private_gradients(params, batch, count, key, step, sequences):
+        figures, sums = clipped_gradients(params, batch, count, key)
+        gradients = noised_mean(sums, noise_key, step, sequences / config.optimizer.rows_of_unit)
+        units = jnp.maximum(figures["units"], 1.0)
+        shares = {
+            "nonprivate_clipped": figures["clipped"] / units,
+            "nonprivate_nonfinite": figures["nonfinite"],
+        }
+        return figures["loss"] / units, gradients, shares
+
+    return private_gradients
 
 
 # --- noise
