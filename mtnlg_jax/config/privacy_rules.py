@@ -27,8 +27,8 @@ _RULES: Rules = (
     ),
     (
         lambda c: c.train.reduce_dtype != "float32",
-        "train.reduce_dtype={c.train.reduce_dtype} rounds clipped gradients before they are noised, "
-        "so that one unit may change a sum by more than optimizer.dp_clip_norm; set it to float32",
+        "train.reduce_dtype={c.train.reduce_dtype} rounds clipped gradients before their noise, so "
+        "that one unit may change a sum by more than optimizer.dp_clip_norm; set it to float32",
     ),
     (
         lambda c: any(stage.distill for stage in c.train.stages),

@@ -35,6 +35,8 @@ LARGEST_EPSILON = 1000.0
 # one, whose epsilon is about 0.0001 larger, for what is computed often.
 _FINE = 1e-4
 _COARSE = 1e-3
+_LITTLE_NOISE = 0.5
+_LEAST_NOISE = 0.05
 
 
 class Part(NamedTuple):
@@ -108,6 +110,11 @@ def _accountant(kind: str, grid: float = _FINE) -> Any:
     return library.pld.PLDAccountant(value_discretization_interval=grid)
 
 
+def _grid(parts: Iterable[Part], grid: float) -> float:
+    """Return the step of privacy losses: little noise makes them large, and a fine grid slow."""
+    return grid * 10 if any(part.noise < _LITTLE_NOISE for part in parts) else grid
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Leave out the warnings about orders of Renyi divergences that the accountant skips."""
@@ -125,17 +132,20 @@ def epsilon_of(
     """Return epsilon after ``parts`` at ``delta``; inf where it is above LARGEST_EPSILON or cannot
     be computed.
 
-    ``grid`` is the step of the privacy losses of "pld"; a larger one is faster and never too low.
+    ``grid`` is the step of the privacy losses of "pld", ten times as large below a noise of 0.5.
+    With a larger one epsilon is found faster and is never too low.
     """
+    # The distribution of a huge loss would fill the memory. Its mean tells before.
+    mean = sum(
+        part.steps * part.probability * max(0.0, 0.5 / part.noise**2 + math.log(part.probability))
+        for part in parts
+    )
+    if mean > 2 * LARGEST_EPSILON:
+        return math.inf
     with _quiet():
-        bound = _accountant("rdp")
-        # The exact distribution of a huge loss would fill the memory: the bound comes first.
-        bound.compose(event_of(parts))
-        found = float(bound.get_epsilon(delta))
-        if accountant == "pld" and found <= LARGEST_EPSILON:
-            exact = _accountant("pld", grid)
-            exact.compose(event_of(parts))
-            found = float(exact.get_epsilon(delta))
+        spent = _accountant(accountant, _grid(parts, grid))
+        spent.compose(event_of(parts))
+        found = float(spent.get_epsilon(delta))
     return found if found <= LARGEST_EPSILON else math.inf
 
 
@@ -161,6 +171,7 @@ class Ledger:
         self.units = units
         self.steps = sum(part.steps for part in self.parts)
         self._live: dict[int, float] = {}
+        self._exact: dict[int, float] = {}
 
     def until(self, done: int) -> tuple[Part, ...]:
         """Return the parts of the first ``done`` steps."""
@@ -172,7 +183,10 @@ class Ledger:
 
     def epsilon(self, done: int) -> float:
         """Return epsilon after ``done`` steps at the delta of `total_delta`."""
-        return epsilon_of(self.until(done), self.delta, self.optimizer.dp_accountant)
+        if done not in self._exact:
+            kind = self.optimizer.dp_accountant
+            self._exact[done] = epsilon_of(self.until(done), self.delta, kind)
+        return self._exact[done]
 
     def total_delta(self, done: int, epsilon: float) -> float:
         """Return delta with the chance that a step had more units than its batch has room for.
@@ -372,22 +386,23 @@ def _calibrated(
             f"optimizer.dp_target_epsilon={target} is spent: {spent:.4g} after "
             f"{sum(part.steps for part in history):,} steps; raise it, or stop here"
         )
-    low = 0.1
-    if epsilon_of(parts(low), delta, kind, _COARSE) <= target:
-        return low  # so large a target needs no more
-    high = 1.0
+    low = high = 1.0
     while epsilon_of(parts(high), delta, kind, _COARSE) > target:
-        high *= 4
+        high *= 2
         if high > 1e6:
             raise ValueError(
                 f"optimizer.dp_target_epsilon={target} at delta {delta:.3g} is out of reach with "
                 "any noise; raise it or optimizer.dp_delta, or lower train.steps or "
                 "train.global_batch_size"
             )
+    while epsilon_of(parts(low), delta, kind, _COARSE) <= target:
+        low /= 2
+        if low < _LEAST_NOISE:
+            return low  # so large a target asks for no more
     with _quiet():
         return float(
             library.calibrate_dp_mechanism(
-                lambda: _accountant(kind, _COARSE),
+                lambda: _accountant(kind, _grid(parts(low), _COARSE)),
                 lambda noise: event_of(parts(noise)),
                 target,
                 delta,

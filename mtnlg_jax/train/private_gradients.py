@@ -1,5 +1,5 @@
-"""Gradients of DP-SGD (Abadi 2016, algorithm 1): each unit's clipped, their sum noised, then divided
-by the expected number of units.
+"""Gradients of DP-SGD (Abadi 2016, algorithm 1): those of each unit are clipped, their sum gets
+noise and is divided by the expected number of units.
 
 A unit is dp_source_rows rows of the batch, one by default: a micro-batch of one shard of data. Its
 loss is the mean over its own tokens and its dropout masks follow its own numbers, so that no other
@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import Config
-from mtnlg_jax.model.params import Params, join_params, split_params
+from mtnlg_jax.model.params import join_params, split_params
 from mtnlg_jax.parallel.collectives import reduce_gradients, squared_norm, sum_over, vary
 from mtnlg_jax.parallel.mesh import AXIS_OF, ROWS, dims_of, specs_of, whole_dims
 from mtnlg_jax.parallel.pipeline import add, to_rounds, zeros
