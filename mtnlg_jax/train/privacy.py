@@ -135,9 +135,11 @@ def epsilon_of(
     ``grid`` is the step of the privacy losses of "pld", ten times as large below a noise of 0.5.
     With a larger one epsilon is found faster and is never too low.
     """
-    # The distribution of a huge loss would fill the memory. Its mean tells before.
+    # The distribution of a huge loss would fill the memory. Its mean tells before, for a unit that
+    # joins as often as it does in the mean, but once.
     mean = sum(
-        part.steps * part.probability * max(0.0, 0.5 / part.noise**2 + math.log(part.probability))
+        max(1.0, part.steps * part.probability)
+        * max(0.0, 0.5 / part.noise**2 + math.log(part.probability))
         for part in parts
     )
     if mean > 2 * LARGEST_EPSILON:

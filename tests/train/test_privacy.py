@@ -106,7 +106,7 @@ def test_live_epsilon_is_a_close_upper_bound_and_exact_at_the_end():
 
 
 def test_settings_without_an_epsilon_are_infinite_and_take_no_time():
-    for part in (Part(10**6, 1.0, 0.01), Part(10, 0.5, 1e-9)):
+    for part in (Part(10**6, 1.0, 0.01), Part(10, 0.5, 1e-9), Part(6, 0.02, 0.01)):
         for kind in ("pld", "rdp"):
             assert privacy.epsilon_of([part], 1e-5, kind) == math.inf
     # Below what rounding leaves of the distribution.

@@ -239,7 +239,7 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize(("mesh", "zero", "options"), quick(MESHES, MESHES[:2]), ids=str)
+@pytest.mark.parametrize(("mesh", "zero", "options"), quick(MESHES, MESHES[1:2]), ids=str)
 def test_private_gradients_on_every_mesh_equal_one_device(mesh, zero, options):
     loss, got, figures = on_a_mesh(*mesh, zero, **options)
     alone_loss, wanted, alone_figures = on_a_mesh(1, 1, 1, 1)
@@ -274,13 +274,13 @@ LORA = (("lora_rank", 4), ("lora_targets", ("q", "v", "in")), ("dp_clip_norm", 0
     ("mesh", "zero", "base"),
     quick(
         [
-            ((1, 2, 1, 2), 1, "float"),
-            ((2, 1, 1, 2), 3, "float"),
+            ((1, 2, 1, 2), 3, "float"),
+            ((2, 1, 1, 2), 1, "float"),
             ((1, 2, 2, 2), 3, "float"),
             ((1, 4, 1, 2), 1, "int8"),
             ((1, 2, 1, 2), 3, "int8"),
         ],
-        [((1, 2, 1, 2), 1, "float")],
+        [((1, 2, 1, 2), 3, "float")],
     ),
 )
 def test_private_gradients_of_adapters_equal_one_device(mesh, zero, base, monkeypatch):
