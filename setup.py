@@ -22,7 +22,15 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["mtnlg_jax", "mtnlg_jax.*"]),
-    package_data={"mtnlg_jax": ["**/*.json", "**/*.txtpb", "serve/page/*", "tasks/many/page/*"]},
+    package_data={
+        "mtnlg_jax": [
+            "**/*.json",
+            "**/*.txtpb",
+            "serve/page/*",
+            "tasks/many/page/*",
+            "evaluate/audit/page/*",
+        ]
+    },
     python_requires=">=3.12",
     install_requires=[
         # Pallas and the typing of shard_map move with each minor release of JAX.
@@ -70,6 +78,7 @@ setup(
             "mtnlg-generate=mtnlg_jax.cli.generate:run",
             "mtnlg-prepare=mtnlg_jax.cli.prepare:run",
             "mtnlg-evaluate=mtnlg_jax.cli.evaluate:run",
+            "mtnlg-audit=mtnlg_jax.cli.audit:run",
             "mtnlg-task=mtnlg_jax.cli.task:run",
             "mtnlg-adapt=mtnlg_jax.cli.adapt:run",
             "mtnlg-plan=mtnlg_jax.cli.plan:run",

@@ -287,7 +287,7 @@ def test_console_commands_exist():
     given = re.findall(
         r'"mtnlg-[a-z-]+=(mtnlg_jax\.cli\.\w+):run"', (ROOT / "setup.py").read_text()
     )
-    assert len(given) == 10
+    assert len(given) == 11
     for module in given:
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
         assert "\ndef run() -> None:\n" in (ROOT / f"{module.replace('.', '/')}.py").read_text()

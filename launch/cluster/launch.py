@@ -56,7 +56,7 @@ _CLUSTER = flags.DEFINE_enum(
 _SCRIPT = flags.DEFINE_enum(
     "script",
     "pretrain",
-    ["pretrain", "generate", "evaluate", "task", "serve"],
+    ["pretrain", "generate", "evaluate", "audit", "task", "serve"],
     "the command of launch/",
 )
 _ARGUMENT = flags.DEFINE_multi_string(

@@ -97,12 +97,13 @@ def _make() -> dict:
     ray = options.ENGINE.value == "ray"
     if ray and options.PROCESSES.value:
         raise ValueError("--processes is for this machine; a Ray cluster uses all of its own")
+    recipe = load_recipe(options.CONFIG.value, tuple(options.SET.value))
     recipe = with_flags(
-        load_recipe(options.CONFIG.value, tuple(options.SET.value)),
+        recipe,
         stages=options.STAGES.value,
         test_sets=options.TEST_SETS.value,
         skip_sources=options.SKIP_SOURCES.value,
-        **options.settings(given=True),
+        **options.settings(given=True, canaries=recipe.canaries),
     )
     return make(
         recipe,

@@ -82,14 +82,15 @@ def encode_documents(
 def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
     """Yield the tokens of each text in memory, with its bos and eos."""
     pieces = []
-    for encoded in encode_documents(tokenizer, map(_in_memory, texts)):
+    for encoded in encode_documents(tokenizer, map(in_memory, texts)):
         pieces.append(encoded.tokens)
         if not encoded.continued:
             yield np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
             pieces = []
 
 
-def _in_memory(text: str) -> Text:
+def in_memory(text: str) -> Text:
+    """Return a document that is held in memory."""
     data = text.encode()
     return Text(lambda start, stop: data[start:stop], 0, len(data))
 

@@ -11,7 +11,7 @@ where it could be cut.
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -19,8 +19,11 @@ import numpy as np
 from tqdm import tqdm
 
 from mtnlg_jax import storage
+from mtnlg_jax.data import canaries as planted
+from mtnlg_jax.data.canaries import Canary, CanaryConfig
 from mtnlg_jax.data.conversations import Conversations, open_conversations
-from mtnlg_jax.data.encode import Text, encode_documents
+from mtnlg_jax.data.description import describe
+from mtnlg_jax.data.encode import Text, encode_documents, in_memory
 from mtnlg_jax.data.heldout import Part, split
 from mtnlg_jax.data.output import check_output, new_folder
 from mtnlg_jax.data.prefix.rows import KEY_BYTES, PrefixInput, PrefixRows
@@ -33,8 +36,11 @@ from mtnlg_jax.data.store.prepared import PREPARED, prepared_info, tokenizer_inf
 from mtnlg_jax.data.store.tokens import TokenWriter
 from mtnlg_jax.data.tokenizer import Tokenizer, tokenizer_for_data, train_tokenizer
 
+__all__ = ["describe", "prepare"]
+
 _EXAMPLES = 3
 _EXAMPLE_TOKENS = 20  # of a conversation
+_LANGUAGE_DOCUMENTS = 100  # whose beginnings tell the language of canaries
 
 
 def prepare(
@@ -55,6 +61,7 @@ def prepare(
     show: int = 0,
     on_error: str = "raise",
     encoding: str = "",
+    canaries: CanaryConfig | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict:
@@ -80,6 +87,8 @@ def prepare(
     trained on marked, before anything is written.
 
     ``encoding`` is that of text that is not UTF-8 and does not declare one (`charsets`).
+    ``canaries``: random secrets, planted as documents of the training part, of which the tokenizer
+    knows nothing, and recorded in canaries.json.
 
     The result depends on the input and the arguments alone. It is written to
     ``output.partial-<process>`` and renamed at the end; at a URL (gs://, s3://) prepared.json,
@@ -94,6 +103,7 @@ def prepare(
     check_output(output, PREPARED, overwrite=overwrite, input_path=input_path)
     pairs = answer is not None
     _check_rows(input_path, answer, messages, bool(chat_template or sequence_length or show))
+    canaries = _checked(canaries or CanaryConfig(), pairs or messages is not None)
     ahead = _prefix_rows(input_path, prefix, prompt, answer)
     ready = None if tokenizer in ("bpe", "unigram") else tokenizer_for_data(tokenizer)
     talks = open_conversations(ready, messages, chat_template, sequence_length)
@@ -104,8 +114,7 @@ def prepare(
     documents = _documents(input_path, make_row, on_error, encoding, report)
     settings: dict = {"input": str(input_path or "embedded"), "tokenizer": str(tokenizer)}
     settings |= {"vocab_size": vocab_size, "heldout": heldout, "seed": seed}
-    settings |= {"text_key": text_key, "on_error": on_error}
-    settings |= {"encoding": encoding} if encoding else {}
+    settings |= {"text_key": text_key, "on_error": on_error} | _named(encoding=encoding)
     settings |= _pair_settings(prompt, answer, prefix) if pairs else {}
     settings |= {"messages": messages, "sequence_length": sequence_length} if talks else {}
     bar = partial(tqdm, disable=None if progress else True)  # None: on a terminal only
@@ -121,20 +130,17 @@ def prepare(
         ):
             _fill(spool, bar(documents, "reading", unit=" documents"), input_path, report)
             train, held = split(spool, heldout, pairs or talks is not None)
-            if ready is None:
-                ready = _train(spool, train, tokenizer, vocab_size, seed, bar)
+            secret = _draw_canaries(spool, train, canaries, seed)
+            ready = ready or _train(spool, train, tokenizer, vocab_size, seed, bar)
             _show(spool, itertools.islice(_shuffled(train, seed), show), talks)
             ready.save(storage.join(target, "tokenizer"))
             with bar(desc="encoding", total=spool.size, unit="B", unit_scale=True) as encoded:
                 write = partial(_write_tokens, spool, ready, talks, pairs, ahead, seed, encoded)
-                parts = {
-                    "train": write(storage.join(target, "train"), _shuffled(train, seed)),
-                    "heldout": write(storage.join(target, "heldout"), held.in_order()),
-                }
+                parts: dict = _write_parts(write, target, train, held, secret, seed)
             examples = _examples(spool, _shuffled(train, seed), ready, talks)
         os.unlink(spool.path)
-        described: dict = {"settings": settings, "input": asdict(report), "examples": examples}
-        info = prepared_info(tokenizer_info(ready), **parts, **described)
+        parts |= {"settings": settings, "input": asdict(report), "examples": examples}
+        info = prepared_info(tokenizer_info(ready), **parts)
         write_prepared(target, info)
     return info
 
@@ -155,6 +161,22 @@ def _check_rows(
             "--chat_template, --sequence_length and --show are for conversations; give the key of "
             "the messages with --messages, or leave them out"
         )
+
+
+def _checked(canaries: CanaryConfig, rows: bool) -> CanaryConfig:
+    """Return ``canaries``. Raise ValueError if they cannot be planted; ``rows``: in pairs or
+    conversations."""
+    planted.check(canaries)
+    if canaries.count and rows:
+        raise ValueError(
+            f"canaries={canaries.count} are plain text, and --answer and --messages make rows of "
+            "prompts with answers; leave --canaries out"
+        )
+    return canaries
+
+
+def _named(**given: str) -> dict[str, str]:
+    return {name: value for name, value in given.items() if value}
 
 
 def _pair_settings(prompt: str, answer: str | None, prefix: PrefixInput | None) -> dict:
@@ -203,6 +225,17 @@ def _train(
     spans = bar(train.in_order(), f"training {model_type}", len(train), unit=" documents")
     texts = (text for span in spans for text in spool.lines(*span[:2]))
     return train_tokenizer(texts, vocab_size, model_type, seed)
+
+
+def _draw_canaries(spool: Spool, train: Part, canaries: CanaryConfig, seed: int) -> list[Canary]:
+    """Return the canaries for the training part. Raise ValueError if it is too small for them."""
+    if not canaries.count:
+        return []
+    spans = [*itertools.islice(train.in_order(), _LANGUAGE_DOCUMENTS)]
+    letters = planted.count_letters(spool.head(start, stop) for start, stop, _ in spans)
+    found = planted.make_canaries(canaries, seed, {"": planted.language_of(*letters)})
+    planted.check_size(found, spool.size)
+    return found
 
 
 def _show(spool: Spool, spans: Iterable[np.ndarray], talks: Conversations | None) -> None:
@@ -271,6 +304,30 @@ def _shuffled(train: Part, seed: int) -> Iterator[np.ndarray]:
     return train.shuffled(np.uint64(seed & (1 << 64) - 1))
 
 
+def _write_parts(
+    write: Callable[..., dict],
+    target: str,
+    train: Part,
+    held: Part,
+    canaries: Sequence[Canary],
+    seed: int,
+) -> dict[str, dict]:
+    """Write both parts, with the canaries among the training part, and canaries.json; return the
+    meta.json of each, and what prepared.json tells of the canaries."""
+    storage.remove_file(target, planted.CANARIES)  # of an earlier data set, at a URL
+    recorded = {}
+    if canaries:
+        storage.write_file(target, planted.CANARIES, planted.canaries_file(canaries, seed))
+        recorded = {"canaries": planted.summary(canaries)}
+    copies = planted.shuffled_copies(canaries, seed)
+    among = (copies, planted.places(len(copies), len(train), seed))
+    return {
+        "train": write(storage.join(target, "train"), _shuffled(train, seed), among),
+        "heldout": write(storage.join(target, "heldout"), held.in_order()),
+        **recorded,
+    }
+
+
 def _write_tokens(
     spool: Spool,
     tokenizer: Tokenizer,
@@ -281,9 +338,10 @@ def _write_tokens(
     bar: tqdm,
     location: str,
     spans: Iterable[np.ndarray],
+    among: tuple[Sequence[str], Sequence[int]] = ((), ()),
 ) -> dict:
     """Write the tokens of ``spans`` below ``location``, and what is ahead of them; return their
-    meta.json."""
+    meta.json. ``among``: further texts, and before which span each goes."""
     keys: list[bytes] = []  # of what is ahead of each text
 
     def read() -> Iterator[Text]:
@@ -292,7 +350,7 @@ def _write_tokens(
                 keys.append(spool.key_of(int(start)))
             yield Text(spool.read_bytes, int(start), int(stop), int(answer) if pairs else None)
 
-    texts = read()
+    texts = planted.interleaved(read(), map(in_memory, among[0]), among[1])
     writer = TokenWriter(location, tokenizer.vocab_size, tokenizer.fingerprint, seed)
     found = (
         encode_documents(tokenizer, texts, os.cpu_count() or 1)
@@ -314,92 +372,3 @@ def _example(tokenizer: Tokenizer, text: str) -> list[str]:
     return [
         tokenizer.token_bytes(index).decode("utf-8", "replace") for index in tokenizer.encode(line)
     ]
-
-
-def describe(info: dict) -> str:
-    """Return a short report for people of what `prepare` or `recipe.run.make` returned."""
-    rows = [*_input_rows(info), *_stage_rows(info), *_tokenizer_rows(info), *_token_rows(info)]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {words}" for name, words in rows)
-
-
-def _input_rows(info: dict) -> Iterator[tuple[str, str]]:
-    if "input" not in info:
-        return
-    read = info["input"]
-    files = (
-        f", from {read['files']:,} files ({read['skipped_files']:,} of unknown suffix skipped)"
-        if read["files"]
-        else ""
-    )
-    yield "read", f"{read['documents']:,} documents, {read['bytes']:,} bytes{files}"
-    yield "dropped", f"{read['empty']:,} empty, {read['damaged']:,} damaged"
-    yield (
-        "repaired",
-        f"{read['repaired']:,} documents with invalid UTF-8, {read['control_characters']:,} "
-        "control characters",
-    )
-    yield from (("", line) for line in note_lines(read["notes"]))
-
-
-def _stage_rows(info: dict) -> Iterator[tuple[str, str]]:
-    """Yield a row of the description for each stage of a recipe: what it kept."""
-    for stage in info.get("stages", ()):
-        before, after = stage["documents"]
-        size, left = stage["bytes"]
-        most = sorted(stage["dropped"].items(), key=lambda item: -item[1])[:3]
-        rules = ", ".join(f"{count:,} {rule}" for rule, count in most)
-        kept = (
-            f"{after:,} of {before:,} documents, {left / size:.2%} of the text"
-            if size
-            else f"{after:,} documents, {left:,} bytes"
-        )
-        yield stage["name"], kept + (f"; dropped: {rules}" if rules else "")
-        yield from (("", line) for line in note_lines(stage.get("notes", {})))
-
-
-def _tokenizer_rows(info: dict) -> Iterator[tuple[str, str]]:
-    if "tokenizer" not in info:
-        return
-    tokenizer = info["tokenizer"]
-    yield "tokenizer", f"{tokenizer['kind']}, {tokenizer['vocab_size']:,} pieces"
-    if losses := tokenizer.get("losses"):
-        yield "", f"it is not lossless; a text loses {', '.join(losses)}"
-
-
-def _ahead(part: dict) -> str:
-    """Return what stands ahead of the documents of a part."""
-    found = part.get("prefix")
-    if found is None:
-        return ""
-    size = " x ".join(map(str, found["shape"]))
-    kind = "images" if found["dtype"] == "uint8" else "arrays of features"
-    return f"; {found['count']:,} {kind} of {size}"
-
-
-def _token_rows(info: dict) -> Iterator[tuple[str, str]]:
-    for row in info.get("blend", ()):
-        yield (
-            row["name"],
-            f"{row['tokens']:,} tokens, weight {row['weight']:.5f}, {row['epochs']:.2f} epochs "
-            f"in {info['train_tokens']:,} tokens",
-        )
-    if "tokens" in info:  # of a recipe
-        counts = info["tokens"]
-        yield "tokens", f"{counts['train']:,} to train on, {counts['heldout']:,} held out"
-    for name in ("train", "heldout"):
-        if name in info:
-            part = info[name]
-            ratio = part["bytes"] / max(1, part["tokens"])
-            answers = (
-                f"; {part['answer_tokens']:,} tokens are answers" if "answer_tokens" in part else ""
-            )
-            yield (
-                name,
-                f"{part['documents']:,} documents, {part['bytes']:,} bytes, {part['tokens']:,} "
-                f"tokens, {ratio:.2f} bytes/token{answers}{_ahead(part)}",
-            )
-    if "heldout" in info and not info["heldout"]["tokens"]:
-        yield "", "nothing is held out: there will be no held-out loss"
-    for number, pieces in enumerate(info.get("examples", ())):
-        yield "" if number else "examples", "|".join(pieces)

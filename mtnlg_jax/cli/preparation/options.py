@@ -1,10 +1,12 @@
 """Flags of launch/prepare_data.py."""
 
+from dataclasses import replace
 from typing import Any
 
 from absl import flags
 
 from mtnlg_jax import command
+from mtnlg_jax.data.canaries import CanaryConfig
 from mtnlg_jax.data.prefix.rows import PrefixInput
 
 with command.flag_group("Input and output"):
@@ -51,6 +53,25 @@ with command.flag_group("Tokens"):
         "heldout", 0.02, "share of the text held out from training, 0 to 0.5"
     )
     SEED = flags.DEFINE_integer("seed", 0, "draws the held-out part and the order of documents")
+
+with command.flag_group("Canaries for an audit"):
+    CANARIES = flags.DEFINE_integer(
+        "canaries",
+        0,
+        "random secrets to plant in the training text for each number of copies; "
+        "launch/audit.py measures later how well a model knows them",
+    )
+    CANARY_COPIES = flags.DEFINE_list(
+        "canary_copies",
+        ["0", "1", "4", "16", "64"],
+        "how many times each is planted; 0: recorded alone, as a control",
+    )
+    CANARY_FORMAT = flags.DEFINE_string(
+        "canary_format",
+        "",
+        "text of a canary, with {name} for a random name and # for each random digit; default: "
+        "'The access code of {name} is #### ####.', or Chinese in a Chinese corpus",
+    )
 
 with command.flag_group("Prompts with answers"):
     PROMPT = flags.DEFINE_string("prompt", "{prompt}", "with --answer: the text before it")
@@ -139,11 +160,32 @@ _CHAT_FLAGS = (MESSAGES, CHAT_TEMPLATE, SEQUENCE_LENGTH, SHOW)
 _SETTINGS = (VOCAB_SIZE, TOKENIZER, HELDOUT, SEED, TEXT_KEY, ON_ERROR, ENCODING)
 
 
-def settings(given: bool = False) -> dict[str, Any]:
-    """Return the settings that both ways have; if ``given``, those of the command line alone."""
-    return {
+def settings(given: bool = False, canaries: CanaryConfig | None = None) -> dict[str, Any]:
+    """Return the settings that both ways have; if ``given``, those of the command line alone.
+    ``canaries``: those of a recipe, which the flags change."""
+    plain = {
         flag.name: flag.value for flag in _SETTINGS if not given or flags.FLAGS[flag.name].present
     }
+    return plain | {"canaries": _canaries(canaries or CanaryConfig())}
+
+
+def _canaries(given: CanaryConfig) -> CanaryConfig:
+    """Return ``given`` with what the flags change. Raise ValueError if they do not fit together."""
+    if CANARIES.present:
+        given = replace(given, count=CANARIES.value)
+    for flag in (CANARY_COPIES, CANARY_FORMAT):
+        if flag.present and not given.count:
+            raise ValueError(f"--{flag.name} is for canaries; give their number with --canaries=10")
+    if CANARY_COPIES.present:
+        try:
+            copies = tuple(map(int, CANARY_COPIES.value))
+        except ValueError:
+            raise ValueError(
+                f"--canary_copies={','.join(CANARY_COPIES.value)} is not a list of whole numbers, "
+                "such as 0,1,4,16,64"
+            ) from None
+        given = replace(given, copies=copies)
+    return replace(given, format=CANARY_FORMAT.value) if CANARY_FORMAT.present else given
 
 
 def prefix() -> PrefixInput | None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from mtnlg_jax import storage
 from mtnlg_jax.data.batches import permute
+from mtnlg_jax.data.canaries import interleaved, places
 from mtnlg_jax.data.encode import encode_texts
 from mtnlg_jax.data.heldout import split_text
 from mtnlg_jax.data.recipe.stages import Folder, Shard, Task
@@ -50,19 +51,26 @@ def tokenizer_task(
 
 
 def encode_tasks(
-    shards: list[Shard], tokenizer: str, fingerprint: str, heldout: float, seed: int
+    shards: list[Shard],
+    tokenizer: str,
+    fingerprint: str,
+    heldout: float,
+    seed: int,
+    planted: list[tuple[str, ...]],
 ) -> list[Task]:
     """Return a task for each shard, which shuffles its documents, splits off the held-out part and
-    encodes both. ``tokenizer`` is its folder or URL."""
+    encodes both. ``tokenizer`` is its folder or URL. ``planted``: for each shard, the canaries that
+    join its training part."""
     tails = _tails(shards)
     return [
         Task(
             "stages/encode/" + shard.base,
             _encode,
-            (shard, tokenizer, fingerprint, heldout, tails, seed),
-            (shard.key, fingerprint, heldout, tails, seed),
+            (shard, tokenizer, fingerprint, heldout, tails, seed, more),
+            # Without canaries the key is that of data made before there were any.
+            (shard.key, fingerprint, heldout, tails, seed, *([more] if more else [])),
         )
-        for shard in shards
+        for shard, more in zip(shards, planted, strict=True)
     ]
 
 
@@ -166,6 +174,7 @@ def _encode(
     heldout: float,
     tail: bool,
     seed: int,
+    planted: tuple[str, ...] = (),
 ) -> dict:
     tokenizer = _tokenizer(place, fingerprint)
     rows = folder.rows(shard)
@@ -175,6 +184,10 @@ def _encode(
     result = {}
     for part, pieces in zip(PARTS, zip(*split, strict=True), strict=True):
         texts = [text for text in pieces if text]
+        if part == "train" and planted:
+            number = int.from_bytes(hashlib.sha256(shard.base.encode()).digest()[:4], "little")
+            at = places(len(planted), len(texts), seed, number)
+            texts = [*interleaved(texts, planted, at)]
         encoded = list(encode_texts(tokenizer, texts))
         lengths = np.array([len(ids) for ids in encoded], np.int64)
         tokens = np.concatenate([np.empty(0, token_dtype(tokenizer.vocab_size)), *encoded])

@@ -1,7 +1,8 @@
 """The stage "tokens": tokenizer, token arrays of each source, and the blend to train on."""
 
 from mtnlg_jax import storage
-from mtnlg_jax.data.recipe import arrays
+from mtnlg_jax.data.canaries import summary
+from mtnlg_jax.data.recipe import arrays, planting
 from mtnlg_jax.data.recipe.settings import Recipe
 from mtnlg_jax.data.recipe.stages import Runner, Shard
 from mtnlg_jax.data.store.prepared import PREPARED, prepared_sources, tokenizer_info
@@ -17,10 +18,13 @@ def make_tokens(runner: Runner, recipe: Recipe, shards: list[Shard]) -> dict:
     training = arrays.tokenizer_task(shards, recipe.tokenizer, recipe.vocab_size, *common)
     if not runner.is_done(training):
         storage.remove_file(runner.root, PREPARED)  # the data it describes is about to change
+    made = planting.draw(runner, recipe, shards)
     runner.run(f"training {recipe.tokenizer}", [training])
     folder = storage.join(runner.root, "tokenizer")
     tokenizer = load_tokenizer(folder)
-    encoding = arrays.encode_tasks(shards, folder, tokenizer.fingerprint, *common)
+    planting.record(runner.root, made, recipe.seed)
+    planted = planting.by_shard(made, shards, recipe.seed)
+    encoding = arrays.encode_tasks(shards, folder, tokenizer.fingerprint, *common, planted)
     results = runner.run("encoding", encoding)
 
     names = sorted({shard.source for shard in shards})
@@ -50,7 +54,13 @@ def make_tokens(runner: Runner, recipe: Recipe, shards: list[Shard]) -> dict:
     for name in storage.list_files(runner.root, "sources"):
         if name.split("/")[1] not in names:
             storage.remove_file(runner.root, name)
-    return _report(recipe, tokenizer_info(tokenizer), dict(zip(names, metas, strict=True)), heldout)
+    report = _report(
+        recipe, tokenizer_info(tokenizer), dict(zip(names, metas, strict=True)), heldout
+    )
+    if made:
+        report["canaries"] = summary(made)
+        report["prepared"]["canaries"] = report["canaries"]
+    return report
 
 
 def _report(recipe: Recipe, tokenizer: dict, trained: dict[str, dict], heldout: dict) -> dict:

@@ -37,6 +37,8 @@ def render(info: dict) -> str:
     parts += [_stage(stage) for stage in info["stages"]]
     if "blend" in info:
         parts += ["<h2>Blend</h2>", _blend(info)]
+    if "canaries" in info:
+        parts += ["<h2>Canaries</h2>", _canaries(info["canaries"])]
     parts += ["<h2>Input</h2>", _inputs(info), "<h2>Output</h2>", _outputs(info)]
     settings = [
         [_text(key), f"<code>{_text(value)}</code>"] for key, value in info["settings"].items()
@@ -192,6 +194,15 @@ def _blend(info: dict) -> str:
     return (
         _table(["source", "documents", "tokens", "bytes / token", "weight", "epochs"], rows)
         + f"<p>Epochs of each source in {info['train_tokens']:,} tokens of training.</p>"
+    )
+
+
+def _canaries(found: dict) -> str:
+    rows = [[_text(copies), f"{number:,}"] for copies, number in found["canaries"].items()]
+    formats = ", ".join(f"<code>{_text(form)}</code>" for form in found["formats"])
+    return _table(["copies of each", "canaries"], rows) + (
+        f"<p>{found['documents']:,} documents of {_size(found['bytes'])} were planted among those "
+        f"to train on, as {formats}. canaries.json records them for an audit.</p>"
     )
 
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 
 from mtnlg_jax import storage
+from mtnlg_jax.data.canaries import CANARIES
 from mtnlg_jax.data.output import check_output
 from mtnlg_jax.data.read.documents import ReadReport
 from mtnlg_jax.data.read.open_files import File
@@ -132,7 +133,7 @@ def _run(
 
     info = {
         "name": recipe.name,
-        "settings": _flat(dataclasses.asdict(recipe)),
+        "settings": _settings(recipe),
         "stages": stages,
         "inputs": inputs,
         "outputs": {},
@@ -154,6 +155,7 @@ def _run(
 def _remove_tokens(root: str) -> None:
     """Remove what an earlier run with the stage "tokens" made."""
     storage.remove_file(root, PREPARED)
+    storage.remove_file(root, CANARIES)
     for folder in ("sources", "heldout", "tokenizer"):
         for name in storage.list_files(root, folder):
             storage.remove_file(root, name)
@@ -213,7 +215,7 @@ def _check_settings(recipe: Recipe, output: str, stamps: dict[str, str], overwri
 
     Raises FileExistsError if they differ and ``overwrite`` is false.
     """
-    settings = _flat(dataclasses.asdict(dataclasses.replace(recipe, sources=())))
+    settings = _settings(dataclasses.replace(recipe, sources=()))
     sources = {}
     for source in recipe.sources:
         own = filter(None, (source.settings, source.skip_stages))
@@ -222,7 +224,7 @@ def _check_settings(recipe: Recipe, output: str, stamps: dict[str, str], overwri
     content = storage.read_file(output, "recipe.json")
     if content is not None and not overwrite:
         begun = json.loads(content)
-        if begun["settings"].keys() != wanted["settings"].keys():
+        if _own_keys(begun) != _own_keys(wanted):
             raise FileExistsError(
                 f"{output} was begun by another version, which has other settings; choose another "
                 "--output, or remake all of it with --overwrite"
@@ -261,6 +263,18 @@ def _locked(output: str):
                 f"another run is writing to {output}; wait for it, or choose another --output"
             ) from None
         yield
+
+
+def _own_keys(recorded: dict) -> set[str]:
+    return {key for key in recorded["settings"] if not key.startswith("canaries.")}
+
+
+def _settings(recipe: Recipe) -> dict:
+    """Return the settings of a recipe under dotted keys. Those of canaries are left out where none
+    are planted: outputs begun before there were any have none."""
+    flat = _flat(dataclasses.asdict(recipe))
+    planted = recipe.canaries.count > 0
+    return {key: value for key, value in flat.items() if planted or not key.startswith("canaries.")}
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

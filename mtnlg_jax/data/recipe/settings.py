@@ -9,6 +9,8 @@ from typing import Any
 
 from mtnlg_jax import storage
 from mtnlg_jax.config import PATH, load_object, override
+from mtnlg_jax.data.canaries import CanaryConfig
+from mtnlg_jax.data.canaries import check as check_canaries
 from mtnlg_jax.data.filter.clean import CleanConfig
 from mtnlg_jax.data.filter.decontaminate import Decontamination
 from mtnlg_jax.data.filter.dedup import MinHashConfig
@@ -104,6 +106,8 @@ class Recipe:
     tokenizer: str = field(default="bpe", metadata=PATH)
     vocab_size: int = 8000  # of a tokenizer to train
     heldout: float = 0.02  # share of the text, 0 to 0.5
+    # Secrets to plant in the training text after all other stages, for a later audit.
+    canaries: CanaryConfig = field(default_factory=CanaryConfig)
     train_tokens: int | None = None  # token budget used to report epochs; None: one epoch
     seed: int = 0
     on_error: str = "raise"  # raise | skip: damaged input
@@ -207,6 +211,12 @@ def validate(recipe: Recipe) -> None:
         )
     if weights and not any(weights):
         raise ValueError("the weights of all sources are 0; raise at least one")
+    check_canaries(recipe.canaries)
+    if recipe.canaries.count and "tokens" not in recipe.stages:
+        raise ValueError(
+            f"canaries={recipe.canaries.count} are planted by the stage tokens, which is not among "
+            f"the stages {','.join(recipe.stages)}; add it, or leave the canaries out"
+        )
     quality = recipe.quality
     if bool(quality.good) != bool(quality.bad):
         raise ValueError(

@@ -1,5 +1,5 @@
 """Personal data and secrets of known shapes, masked by placeholders such as <EMAIL>."""
 
-from mtnlg_jax.data.filter.pii.masking import KINDS, lines_with, mask
+from mtnlg_jax.data.filter.pii.masking import KINDS, find, lines_with, mask
 
-__all__ = ["KINDS", "lines_with", "mask"]
+__all__ = ["KINDS", "find", "lines_with", "mask"]

@@ -37,6 +37,7 @@ KINDS = (
     "ip_address",
 )
 _NUMBERS = ("chinese_id", "card_number", "us_ssn", "phone", "ip_address")
+Finds = list[tuple[str, str]]  # kind and string of each
 # check(match, end of the last find on the line or None): the end of the find, or None for no find
 _CHECKS: dict[str, Callable[[re.Match, int | None], int | None]] = {
     "email": addresses.end_of_email,
@@ -50,11 +51,24 @@ _CHECKS: dict[str, Callable[[re.Match, int | None], int | None]] = {
 
 def mask(text: str, kinds: tuple[str, ...] = KINDS) -> tuple[str, dict[str, int]]:
     """Return (text with each find of ``kinds`` replaced by <KIND>, number of finds by kind)."""
-    counts: Counter[str] = Counter()
+    finds: Finds = []
+    text = _mask(text, kinds, finds)
+    return text, dict(Counter(kind for kind, _ in finds))
+
+
+def find(text: str, kinds: tuple[str, ...] = KINDS) -> Finds:
+    """Return (kind, string) of each find of ``kinds`` that `mask` would replace."""
+    finds: Finds = []
+    _mask(text, kinds, finds)
+    return finds
+
+
+def _mask(text: str, kinds: tuple[str, ...], finds: Finds) -> str:
+    """Return ``text`` with each find replaced, and append the finds to ``finds``."""
     if "private_key" in kinds and "PRIVATE KEY" in text:
-        text, _ = _replace(text, text, "private_key", counts)
+        text, _ = _replace(text, text, "private_key", finds)
     if "api_key" in kinds and any(sign in text for sign in KEY_SIGNS):
-        text, _ = _replace(text, text, "api_key", counts)
+        text, _ = _replace(text, text, "api_key", finds)
     signals = {number_signal_of(text): [kind for kind in _NUMBERS if kind in kinds]}
     if "email" in kinds:
         sign = next((sign for sign in ("＠", "%40") if sign in text), "@")
@@ -66,11 +80,11 @@ def mask(text: str, kinds: tuple[str, ...] = KINDS) -> tuple[str, dict[str, int]
             line = text[start:stop]
             folded = line if line.isascii() else FOLDABLE.sub(fold, line)
             for kind in wanted:
-                line, folded = _replace(line, folded, kind, counts)
+                line, folded = _replace(line, folded, kind, finds)
             pieces += [text[end:start], line]
             end = stop
         text = "".join([*pieces, text[end:]]) if pieces else text
-    return text, dict(counts)
+    return text
 
 
 def lines_with(signal: re.Pattern, text: str) -> Iterator[tuple[int, int]]:
@@ -83,7 +97,7 @@ def lines_with(signal: re.Pattern, text: str) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
-def _replace(line: str, folded: str, kind: str, counts: Counter) -> tuple[str, str]:
+def _replace(line: str, folded: str, kind: str, finds: Finds) -> tuple[str, str]:
     """Return both lines with each find replaced: a shape in ``folded`` that passes its check."""
     end_of = _CHECKS.get(kind)
     position = 0
@@ -95,7 +109,7 @@ def _replace(line: str, folded: str, kind: str, counts: Counter) -> tuple[str, s
         if stop is None:
             position = match.start() + 1
             continue
-        counts[kind] += 1
+        finds.append((kind, line[match.start() : stop]))
         mark = f"<{kind.upper()}>"
         pieces += [line[end : match.start()], mark]
         folded_pieces += [folded[end : match.start()], mark]

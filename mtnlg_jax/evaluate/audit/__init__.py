@@ -1,0 +1,1 @@
+"""What a trained model remembers of its training text."""

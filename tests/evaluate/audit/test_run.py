@@ -1,0 +1,181 @@
+"""An audit of a small run from end to end, its report, and its errors."""
+
+import html
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from mtnlg_jax.data.canaries import CanaryConfig
+from mtnlg_jax.data.prepare import prepare
+from mtnlg_jax.evaluate.audit.report import describe, render
+from mtnlg_jax.evaluate.audit.run import audit
+from mtnlg_jax.evaluate.audit.settings import AuditSettings, ExtractionSettings
+from mtnlg_jax.evaluate.audit.sources import draw_passages, open_run_data
+from mtnlg_jax.train.checkpoint import config_of
+
+_PARTS = ("extraction", "canaries", "membership", "personal_data")
+SETTINGS = AuditSettings(
+    passages=20,
+    extraction=ExtractionSettings((8, 16), 8, samples=2),
+    candidates=200,
+    texts=6,
+    text_tokens=16,
+    member_tokens=32,
+)
+
+
+def _audit(workdir, settings=SETTINGS, **options):
+    return audit(str(workdir), "last", settings, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def report(trained):
+    return _audit(trained)
+
+
+def _changed(**changes):
+    return AuditSettings(**(vars(SETTINGS) | changes))
+
+
+def test_exposure_rises_with_copies_and_is_chance_at_none(report):
+    none, many = report["canaries"]["by_copies"]
+    assert (none["copies"], many["copies"]) == (0, 100)
+    assert none["chance_probability"] > 0.01
+    assert none["exposure"]["low"] < report["canaries"]["chance"] < none["exposure"]["high"]
+    assert many["exposure"]["low"] > none["exposure"]["high"] + 2
+    assert many["chance_probability"] < 1e-6
+
+
+def test_the_report_has_every_part(report, prepared):
+    assert report["kind"] == "audit"
+    assert report["step"] == 250
+    assert report["data"] == [str(prepared)]
+    assert report["skipped"] == {}
+    assert report["notes"] == []
+    extraction = report["extraction"]
+    assert [row["prefix"] for row in extraction["training"]] == [8, 16]
+    assert extraction["training"][0]["greedy"]["trials"] == 20
+    assert report["membership"]["members"] == report["membership"]["others"] == 20
+    assert set(report["membership"]["scores"]) == {"loss", "zlib", "min_k", "min_k_plus"}
+    assert report["personal_data"]["texts"] == 6
+    assert set(report["seconds"]) == {"counting", *_PARTS}
+    json.dumps(report, allow_nan=False)
+    # Nothing shows a secret, unless it was asked for.
+    assert all(row["secret"] is None for row in report["canaries"]["canaries"])
+
+
+def test_the_page_shows_the_figures_of_the_json(report):
+    page = html.unescape(render(report))
+    rows = [re.sub(r"<[^>]+>", " ", row) for row in re.findall(r"<tr>.*?</tr>", page, re.S)]
+    rows = [row.split() for row in rows]
+    for row in report["canaries"]["by_copies"]:
+        shown = next(each for each in rows if each[:2] == [str(row["copies"]), "8"])
+        assert float(shown[2]) == round(row["exposure"]["mean"], 2)
+        assert float(shown[3]) == round(row["exposure"]["low"], 2)
+    for name, each in report["membership"]["scores"].items():
+        shown = next(row for row in rows if row[0] == name)
+        assert float(shown[1]) == round(each["auc"], 3)
+    shares = [row for row in rows if row[:2] in (["8", "20"], ["16", "20"])]
+    greedy = report["extraction"]["training"]
+    assert [row[2] for row in shares[:2]] == [f"{100 * e['greedy']['share']:.1f}" for e in greedy]
+    assert "http" not in page.replace("http-equiv", "")
+    assert "<script" not in page
+    text = describe(report)
+    assert f"{report['canaries']['by_copies'][1]['exposure']['mean']:.2f}" in text
+
+
+def test_a_second_audit_measures_the_same(report, trained):
+    again = _audit(trained)
+    for part in _PARTS:
+        assert again[part] == report[part], part
+
+
+def test_passages_stay_within_documents_and_apart(trained):
+    config = config_of(trained)
+    tokenizer, (source,) = open_run_data(str(trained), config, None)
+    rng = np.random.default_rng(0)
+    found = draw_passages("a", source.train, tokenizer, 20, 100, rng, apart=True)
+    starts = sorted(each.start for each in found)
+    assert len(found) == 100
+    assert min(np.diff(starts)) >= 20
+    part = source.train[0]
+    for each in found:
+        assert each.tokens.tolist() == part.read(each.start, each.start + 20).tolist()
+        assert not {tokenizer.bos_id, tokenizer.eos_id} & set(each.tokens.tolist())
+    # There are only so many that do not overlap.
+    heldout = draw_passages("a", [source.heldout], tokenizer, 60, 1000, rng, apart=True)
+    assert 0 < len(heldout) < len(source.heldout) / 60
+
+
+def test_other_data_and_a_reference_are_told(trained, prepared, tmp_path):
+    settings = _changed(parts=("membership",))
+    found = _audit(trained, settings, reference=str(trained), data=[str(prepared)])
+    # The same model: the difference is 0 for all.
+    assert found["membership"]["scores"]["reference"]["auc"] == 0.5
+    assert found["extraction"] is None
+    other = tmp_path / "data"
+    prepare(None, other, tokenizer=str(prepared / "tokenizer"), heldout=0.05, progress=False)
+    found = _audit(trained, _changed(parts=("membership",)), data=[str(other)])
+    assert "the data differ" in found["notes"][0]
+    assert "the data differ" in render(found)
+
+
+def test_parts_that_the_data_do_not_allow_are_left_out(trained, prepared, tmp_path):
+    tokenizer = str(prepared / "tokenizer")
+    other = tmp_path / "data"
+    prepare(None, other, tokenizer=tokenizer, heldout=0, progress=False)
+    settings = _changed(texts=2, extraction=ExtractionSettings((8,), 8, samples=0))
+    found = _audit(trained, settings, data=[str(other)])
+    assert set(found["skipped"]) == {"canaries", "membership"}
+    assert found["canaries"] is found["membership"] is None
+    assert found["extraction"]["heldout"][0]["greedy"]["share"] is None
+    assert "Left out: membership" in render(found)
+    with pytest.raises(ValueError, match="holds no held-out text.*leave membership out"):
+        _audit(trained, _changed(parts=("membership",)), data=[str(other)])
+    with pytest.raises(ValueError, match="has no canaries.json; plant some"):
+        _audit(trained, _changed(parts=("canaries",)), data=[str(other)])
+
+
+def test_canaries_that_are_not_in_the_data_are_an_error(trained, prepared, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(prepared, copy)
+    content = json.loads((copy / "canaries.json").read_text())
+    content["canaries"][-1]["copies"] = 99
+    (copy / "canaries.json").write_text(json.dumps(content))
+    settings = _changed(parts=("canaries",))
+    with pytest.raises(ValueError, match="1 of 16 canaries are not in .* planted 99 times"):
+        _audit(trained, settings, data=[str(copy)])
+    with pytest.raises(FileNotFoundError, match="missing.json does not exist"):
+        _audit(trained, settings, canaries=str(tmp_path / "missing.json"))
+
+
+def test_another_tokenizer_is_an_error(trained, tmp_path):
+    other = tmp_path / "data"
+    prepare(None, other, vocab_size=350, canaries=CanaryConfig(), progress=False)
+    with pytest.raises(ValueError, match=r"has another tokenizer \(350 tokens.*trained on"):
+        _audit(trained, data=[str(other)])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        _audit(trained, data=[str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"extraction": ExtractionSettings((60,), 8)}, "a prefix of 60 tokens .* context of 64"),
+        ({"member_tokens": 65}, "member_tokens=65 do not fit the model's context of 64"),
+        ({"parts": ("all",)}, "unknown value parts=all; choose of extraction"),
+        ({"parts": ()}, "parts is empty"),
+        ({"passages": 0}, "passages=0 must be 1 or more"),
+        ({"candidates": 0}, "candidates=0"),
+        ({"min_k": 0.0}, "min_k=0.0 is a percentage"),
+        ({"seed": -1}, "seed=-1 must be 0 or more"),
+        ({"extraction": ExtractionSettings(samples=-1)}, "samples=-1"),
+        ({"extraction": ExtractionSettings(temperature=0.0)}, "temperature=0.0 must be above 0"),
+    ],
+)
+def test_bad_settings_are_one_error(trained, changes, message):
+    with pytest.raises(ValueError, match=message):
+        _audit(trained, _changed(**changes))
