@@ -165,22 +165,27 @@ def merged(parts: Iterable[Part]) -> tuple[Part, ...]:
 class Ledger:
     """Epsilon and delta of a run after any of its steps; a pure function of the step."""
 
-    def __init__(self, config: Config, parts: Sequence[Part], delta: float, units: int):
-        """``parts`` are those of the whole run, of earlier starts as well."""
+    def __init__(
+        self, config: Config, parts: Sequence[Part], delta: float, units: int, begin: int = 0
+    ):
+        """``parts`` are those of all steps from ``begin`` on, of earlier starts as well. A run that
+        starts with the parameters of a checkpoint begins at its step."""
         self.optimizer = config.optimizer
         self.parts = merged(parts)
         self.delta = delta
         self.units = units
-        self.steps = sum(part.steps for part in self.parts)
+        self.begin = begin
+        self.steps = begin + sum(part.steps for part in self.parts)  # at the end
         self._live: dict[int, float] = {}
         self._exact: dict[int, float] = {}
 
     def until(self, done: int) -> tuple[Part, ...]:
-        """Return the parts of the first ``done`` steps."""
+        """Return the parts of the steps before ``done``."""
         found = []
+        left = done - self.begin
         for part in self.parts:
-            found.append(part._replace(steps=min(part.steps, done)))
-            done -= found[-1].steps
+            found.append(part._replace(steps=min(part.steps, left)))
+            left -= found[-1].steps
         return merged(found)
 
     def epsilon(self, done: int) -> float:
@@ -196,7 +201,7 @@ class Ledger:
         Left out, the rest would be another mechanism, at a distance of steps x OVERFLOW from this
         one on either of two neighbors.
         """
-        return self.delta + (1 + math.exp(epsilon)) * done * OVERFLOW
+        return self.delta + (1 + math.exp(epsilon)) * (done - self.begin) * OVERFLOW
 
     def row(self, done: int) -> dict[str, float]:
         """Return the entries of metrics.jsonl after ``done`` steps: an upper bound, of up to 3 %
@@ -214,13 +219,13 @@ class Ledger:
 
     def report(self, done: int) -> dict[str, Any]:
         """Return the content of privacy.json after ``done`` steps."""
-        epsilon = self.epsilon(done) if done else 0.0
-        parts = self.until(done) or self.parts[:1]
+        epsilon = self.epsilon(done)
+        parts = self.until(done)
         version = importlib.metadata.version("dp-accounting")
         return {
             "kind": "privacy",
             "step": done,
-            "steps": done,
+            "steps": done - self.begin,
             "epsilon": epsilon,
             "delta": self.total_delta(done, epsilon),
             "epsilon_at_end": self.epsilon(self.steps),
@@ -233,7 +238,7 @@ class Ledger:
             "accountant": self.optimizer.dp_accountant,
             "neighbors": "one unit more or less",
             "secret_noise": bool(self.optimizer.dp_secret),
-            "parts": [part._asdict() for part in self.until(done)],
+            "parts": [part._asdict() for part in parts],
             "commit": describe.commit(),
             "created": datetime.now().astimezone().isoformat(timespec="seconds"),
             "versions": environment()["versions"] | {"dp-accounting": version},
@@ -247,11 +252,12 @@ class Ledger:
     def lines(self, done: int) -> list[str]:
         """Return the lines that are printed before the first step, of which ``done`` are done."""
         optimizer = self.optimizer
-        spent = f" ({self.epsilon(done):.2f} after the {done:,} done)" if done else ""
+        begun = done > self.begin
+        spent = f" ({self.epsilon(done):.2f} up to step {done:,})" if begun else ""
         end = self.parts[-1]
         lines = [
             f"  privacy epsilon {self.epsilon(self.steps):.3g} at delta {self.delta:.2g} after "
-            f"{self.steps:,} steps{spent}: noise {end.noise:.4g}, clip norm "
+            f"{self.steps - self.begin:,} steps{spent}: noise {end.noise:.4g}, clip norm "
             f"{optimizer.dp_clip_norm:g}, each of {self.units:,} {optimizer.dp_unit}s joins a step "
             f"with probability {end.probability:.3g}"
         ]
@@ -295,7 +301,8 @@ def start(
         noise = _calibrated(optimizer, history, planned, delta)
         config = override(config, f"optimizer.dp_noise_multiplier={noise!r}")
     parts = [*history, *(part._replace(noise=noise) for part in planned)]
-    ledger = Ledger(config, parts, delta, units)
+    begin = first - sum(part.steps for part in history)
+    ledger = Ledger(config, parts, delta, units, begin)
     if not math.isfinite(ledger.epsilon(ledger.steps)):
         raise ValueError(
             f"no epsilon up to {LARGEST_EPSILON:g} can be computed for "
