@@ -235,8 +235,8 @@ def squared_norm(grads: Any, whole: str = "") -> jax.Array:
     """Return the squared norm of the gradient of this device's rows alone, a float32 scalar.
 
     ``grads`` are local gradients, whole along D, as `reduce_gradients` takes them. They are summed
-    over the axes whose devices have parts of the same rows, and not over ROWS. Each parameter counts
-    once: squares are summed over the axes that split it, and devices that share it agree.
+    over the axes whose devices have parts of the same rows, and not over ROWS. Each parameter
+    counts once: squares are summed over the axes that split it, and devices that share it agree.
     """
     manual = [axis for axis in AXES if axis not in ROWS and axis_size(axis) > 1]
     groups: dict[tuple[str, ...], list[jax.Array]] = {}
