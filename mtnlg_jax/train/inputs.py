@@ -1,6 +1,7 @@
 """The inputs of a run: sources, tokenizer, held-out text, and the batch of each step."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +165,7 @@ def batch_at(
 
 
 def _by_objective(
-    config: Config, data: Data, step: int, rows: dict[str, np.ndarray], numbers: np.ndarray
+    config: Config, data: Data, step: int, rows: dict[str, np.ndarray], numbers: Iterable[int]
 ) -> dict[str, np.ndarray]:
     """Return ``rows`` as a batch of the objective of ``step``; ``numbers`` decide their masks."""
     if is_masked(config.train, step):

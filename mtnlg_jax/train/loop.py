@@ -65,14 +65,11 @@ def train(
         config = resolve(config, data.tokenizer)
         mesh = make_mesh(config.mesh)
         validate_batch(config, row_shards(mesh.shape))  # data=-1 is only known now
-        checkpoints = _open_checkpoints(config, workdir)
-        resources.callback(checkpoints.close)
+        checkpoints = resources.enter_context(_open_checkpoints(config, workdir))
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())
         teachers = init_from.load_teachers(config, mesh)
         identity = _identity(config, data) | init_from.identity_of(config, teachers)
-        config, first, state, ledger, restored = _first_state(
-            config, mesh, checkpoints, identity, data
-        )
+        config, first, state, ledger, restored = _begin(config, mesh, checkpoints, identity, data)
         # Data order, the batch ramp and the learning rate follow the samples, not the steps.
         samples = int(state.samples)
         total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
@@ -80,13 +77,13 @@ def train(
         log = MetricsLog(workdir, first, writing=processes.is_first())
         resources.callback(log.close)
         bar = resources.enter_context(_progress_bar(config, first, show_progress))
-        meter = Meter(config, data.has_answers)
-        reporter = Reporter(config, log, bar, meter, checkpoints, ledger)
+        reporter = Reporter(config, log, bar, Meter(config, data.has_answers), checkpoints, ledger)
         saver = Saver(checkpoints)
         steps = _compiled_steps(config, mesh, data, teachers, total_samples, watchdog)
         evaluate = Evaluator(config, mesh, data)
         vote = processes.PreemptionVote()
         best = checkpoints.best_metric()  # of earlier starts as well
+        save_state = functools.partial(_save, checkpoints, ledger, workdir)
         save = None  # saves the newest state again, if the last save failed
 
         for step in range(first, first if enough(log.evaluations()) else config.train.steps):
@@ -115,15 +112,13 @@ def train(
                 save = None
                 if saving and reporter.is_healthy(done, result, stopping):
                     meta = _meta(config, identity, samples, result, ledger, done)
-                    save = functools.partial(
-                        _save, checkpoints, done, state, meta, metric, ledger, workdir
-                    )
+                    save = functools.partial(save_state, done, state, meta, metric)
                     best = min(best, metric) if saver.save(save) else best
                 if evaluating and enough(log.evaluations()) and not stopping:
                     break
                 if not stopping and done < config.train.steps:
                     save = None  # it would keep this state in memory beside the next one
-                meter.restart()  # time of evaluation and saving does not count
+                reporter.meter.restart()  # time of evaluation and saving does not count
             if stopping and done < config.train.steps:
                 saver.finish(save)
                 processes.barrier("saved")  # process 0 may still be writing the record
@@ -136,13 +131,16 @@ def train(
             # A finished run was started again, and its last evaluation was lost.
             _evaluate(evaluate, state, first, log, show_progress)
         log.plot()
-        return _summary(config, workdir, log.records, meter, checkpoints, state)
+        return _summary(config, workdir, log.records, reporter.meter, checkpoints, state)
 
 
-def _open_checkpoints(config: Config, workdir: str) -> Checkpoints:
-    """Open the checkpoints of the run, which locks their folder."""
+def _open_checkpoints(
+    config: Config, workdir: str
+) -> contextlib.AbstractContextManager[Checkpoints]:
+    """Open the checkpoints of the run, which locks their folder, and close them at the end."""
     folder = os.path.join(workdir, "checkpoints")
-    return Checkpoints(folder, config.train.keep_last, config.train.keep_best)
+    opened = Checkpoints(folder, config.train.keep_last, config.train.keep_best)
+    return contextlib.closing(opened)
 
 
 def _identity(config: Config, data: Data) -> dict[str, dict]:
@@ -154,7 +152,7 @@ def _identity(config: Config, data: Data) -> dict[str, dict]:
     }
 
 
-def _first_state(
+def _begin(
     config: Config, mesh: Mesh, checkpoints: Checkpoints, identity: dict, data: Data
 ) -> tuple[Config, int, TrainState, Ledger | None, bool]:
     """Return (config, first step, state, the ledger of privacy.start, whether a checkpoint of this
@@ -302,12 +300,12 @@ def _meta(
 
 def _save(
     checkpoints: Checkpoints,
+    ledger: Ledger | None,
+    workdir: str,
     done: int,
     state: TrainState,
     meta: dict,
     metric: float,
-    ledger: Ledger | None,
-    workdir: str,
 ) -> None:
     if ledger and processes.is_first():
         # Before the checkpoint: none is ever without what it spent.
