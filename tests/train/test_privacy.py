@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import sys
 
 import dp_accounting
@@ -51,7 +52,7 @@ def one_device(compiled_once):
 
 
 def config_of(path, optimizer=(), **train):
-    train = {"steps": 6, "eval_every": 3, "save_every": 3, "eval_batches": 2} | train
+    train = {"steps": 6, "eval_every": 6, "save_every": 3, "eval_batches": 2} | train
     return Config(
         model=ModelConfig(
             num_layers=1,
@@ -86,21 +87,21 @@ def ledger_of(parts, delta=1e-5, **optimizer):
 
 
 def test_epsilon_equals_dp_accounting_by_hand():
-    parts = [(40, 0.02, 0.9), (60, 0.01, 0.9), (30, 0.01, 1.3)]
+    parts = [(40, 0.02, 0.9), (60, 0.01, 1.3)]
     ledger = ledger_of(parts)
-    assert ledger.epsilon(130) == by_hand(parts, 1e-5, pld.PLDAccountant())
-    assert ledger.epsilon(70) == by_hand([parts[0], (30, 0.01, 0.9)], 1e-5, pld.PLDAccountant())
+    assert ledger.epsilon(100) == by_hand(parts, 1e-5, pld.PLDAccountant())
+    assert ledger.until(70) == (Part(*parts[0]), Part(30, 0.01, 1.3))
     moments = ledger_of(parts, dp_accountant="rdp")
-    assert moments.epsilon(130) == by_hand(parts, 1e-5, rdp.RdpAccountant())
-    assert ledger.epsilon(130) < moments.epsilon(130)
+    assert moments.epsilon(100) == by_hand(parts, 1e-5, rdp.RdpAccountant())
+    assert ledger.epsilon(100) < moments.epsilon(100)
     # The chance of more units than a batch has room for is added to delta.
-    assert 1e-5 < ledger.total_delta(130, 2.0) < 1e-5 * (1 + 1e-9)
+    assert 1e-5 < ledger.total_delta(100, 2.0) < 1e-5 * (1 + 1e-9)
 
 
 def test_live_epsilon_is_a_close_upper_bound_and_exact_at_the_end():
     ledger = ledger_of([(1000, 0.01, 1.0)])
-    live = [ledger.row(done)["epsilon"] for done in (63, 130, 517, 998, 1000)]
-    exact = [ledger.epsilon(done) for done in (63, 130, 517, 998, 1000)]
+    live = [ledger.row(done)["epsilon"] for done in (63, 517, 998, 1000)]
+    exact = [ledger.epsilon(done) for done in (63, 517, 998, 1000)]
     assert all(a <= b + 5e-5 and b < 1.02 * a for a, b in zip(exact, live, strict=True))
     assert live == sorted(live) and live[-1] == pytest.approx(exact[-1], rel=1e-3)
 
@@ -193,30 +194,58 @@ def test_a_killed_run_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
     assert one == other
 
 
-def test_other_noise_is_composed_and_another_kind_of_run_is_refused(prepared, tmp_path):
-    loop.train(config_of(prepared, steps=3), str(tmp_path), show_progress=False)
-    louder = config_of(prepared, {"dp_noise_multiplier": 2.0}, steps=5)
-    loop.train(louder, str(tmp_path), show_progress=False)
-    report = report_of(tmp_path)
+def test_a_loss_that_is_not_finite_skips_no_step(whole, tmp_path, monkeypatch):
+    """That a step was skipped would tell that the example was in it."""
+    real = loop.batch_at
+
+    def poisoned(config, mesh, data, step, samples):
+        batch, count, sequences = real(config, mesh, data, step, samples)
+        weights = batch["weights"].at[0, 0, 0].set(np.inf if step == 1 else 0.0)
+        return batch | {"weights": weights}, count, sequences
+
+    monkeypatch.setattr(loop, "batch_at", poisoned)
+    summary = loop.train(whole[1], str(tmp_path), show_progress=False)
+    assert summary.skipped == 0
+    rows = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["kind"] == "train"]
+    assert [row["nonprivate_nonfinite"] for row in rows] == [0, 1, 0, 0, 0, 0]
+    assert all(math.isfinite(row["nonprivate_loss"]) for row in rows)
+
+
+def test_a_resume_with_other_noise_is_composed(whole, prepared, tmp_path):
+    first = report_of(whole[0])
+    workdir = tmp_path / "copy"
+    shutil.copytree(whole[0], workdir)
+    config = config_of(prepared, {"dp_noise_multiplier": 2.0, "dp_delta": 1e-4}, steps=8)
+    loop.train(config, str(workdir), show_progress=False)
+    report = report_of(workdir)
     probability = report["sampling_probability"]
-    parts = [(3, probability, 1.0), (2, probability, 2.0)]
+    parts = [(6, probability, first["noise_multiplier"]), (2, probability, 2.0)]
     recorded = [(part["steps"], part["probability"], part["noise"]) for part in report["parts"]]
     assert recorded == parts
-    assert report["epsilon"] == by_hand(parts, report["delta"], pld.PLDAccountant())
-    for optimizer, message in (
-        ({"dp_noise_multiplier": 0.0}, "5 steps .* had differential privacy"),
-        ({"dp_unit": "source"}, "dp_unit was example"),
-        ({"dp_noise_multiplier": 0.0, "dp_target_epsilon": 0.1}, "is spent: "),
+    assert report["epsilon"] == by_hand(parts, 1e-4, pld.PLDAccountant())
+
+
+def test_a_run_does_not_become_another_kind(prepared):
+    config = config_of(prepared, steps=9)
+    samplers = inputs.load_data(config).samplers
+    spent = {"privacy": {"parts": [[5, 0.02, 1.0]], "unit": "example"}}
+
+    def start(optimizer, meta, first=5, samples=40):
+        given = config_of(prepared, optimizer, steps=9)
+        return privacy.start(given, samplers, meta, first, samples)
+
+    for optimizer, meta, message in (
+        ({}, {}, "the 5 steps of this run so far had no differential privacy"),
+        ({"dp_noise_multiplier": 0.0}, spent, "the 5 steps .* had differential privacy, which"),
+        ({"dp_unit": "source"}, spent, "dp_unit was example"),
+        ({"dp_noise_multiplier": 0.0, "dp_target_epsilon": 0.1}, spent, "is spent: "),
     ):
         with pytest.raises(ValueError, match=message):
-            loop.train(config_of(prepared, optimizer, steps=9), str(tmp_path), show_progress=False)
-
-
-def test_a_run_that_was_not_private_does_not_become_so(prepared, tmp_path):
-    loop.train(config_of(prepared, {"dp_noise_multiplier": 0.0}, steps=2), str(tmp_path), False)
-    assert not (tmp_path / "privacy.json").exists()
-    with pytest.raises(ValueError, match="no epsilon can be computed"):
-        loop.train(config_of(prepared, steps=4), str(tmp_path), show_progress=False)
+            start(optimizer, meta)
+    assert start({"dp_noise_multiplier": 0.0}, {})[1] is None
+    # Parameters alone are another start: their 5 steps are not of this run.
+    ledger = start({}, {}, samples=0)[1]
+    assert [part.steps for part in ledger.parts] == [4] and not ledger.until(5)
 
 
 # --- batches
