@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mtnlg_jax.decode.cache import Decoder, capacity, prefill
-from mtnlg_jax.decode.scoring import LEAST, blocks, score_block
+from mtnlg_jax.decode.cache import Decoder, prefill
+from mtnlg_jax.decode.scoring import blocks, narrow, score_block
 from mtnlg_jax.parallel.auto import over_its_mesh, padded, padded_positions
 
 
@@ -60,6 +60,4 @@ def score_behind(
 
 
 def _width(length: int, context: int) -> int:
-    """Return the width of a block of candidates: 1, 2, 4, 8, 16, 24, 32, 48 ..."""
-    narrow = 1 << (length - 1).bit_length()
-    return padded_positions(narrow if narrow < LEAST else capacity(length, context, LEAST))
+    return padded_positions(narrow(length, context))

@@ -50,6 +50,12 @@ def blocks(
         yield chosen, 1 << (len(chosen) - 1).bit_length(), width
 
 
+def narrow(length: int, context: int) -> int:
+    """Return the width of a block of candidates of ``length`` tokens: 1, 2, 4, 8, 16, 24, 32 ..."""
+    width = 1 << (length - 1).bit_length()
+    return width if width < LEAST else capacity(length, context, LEAST)
+
+
 def score(
     decoder: Decoder, prefix: Prefix, candidates: Sequence[Sequence[int]]
 ) -> list[np.ndarray]:

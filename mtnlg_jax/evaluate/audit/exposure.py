@@ -17,8 +17,9 @@ from mtnlg_jax.data.canaries import DIGIT, Canary, all_secrets, pattern_of, secr
 from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.decode.cache import Decoder, bucket, prefill
 from mtnlg_jax.decode.results import check_context, common_prefix
-from mtnlg_jax.decode.scoring import score
+from mtnlg_jax.decode.scoring import narrow, score_block
 from mtnlg_jax.evaluate.audit.statistics import mean
+from mtnlg_jax.parallel.auto import over_its_mesh, padded_positions
 
 _CANDIDATES = 0xCA4  # purpose of the draw
 _LEAST_FIT = 100  # candidates to fit a distribution to
@@ -79,9 +80,30 @@ def score_canary(
         rows = [begin + row for row in rows]
         shared = 1
     check_context(decoder, max(map(len, rows)), f"the canary {canary.prefix!r}")
-    prefix = prefill(decoder, [rows[0][:shared]], bucket(shared, decoder.context))
-    found = score(decoder, prefix, [row[shared:] for row in rows])
-    return np.array([each.sum(dtype=np.float64) for each in found])
+    return score_secrets(decoder, rows[0][:shared], [row[shared:] for row in rows])
+
+
+@over_its_mesh
+def score_secrets(
+    decoder: Decoder, prefix: Sequence[int], secrets: Sequence[Sequence[int]]
+) -> np.ndarray:
+    """Return [secrets] float64, the log-probability of each behind ``prefix``, which is read once.
+
+    A secret has few tokens, so blocks are as narrow as they are: padding would be half of the work.
+    """
+    read = prefill(decoder, [list(prefix)], bucket(len(prefix), decoder.context))
+    found = np.empty(len(secrets))
+    order = np.argsort([len(each) for each in secrets], kind="stable")
+    while len(order):
+        width = padded_positions(narrow(len(secrets[order[-1]]), decoder.context))
+        rows = 1 << (max(1, decoder.block_tokens // width).bit_length() - 1)
+        chosen = order[-rows:]
+        order = order[: len(order) - len(chosen)]
+        block = [secrets[number] for number in chosen]
+        rows = 1 << (len(block) - 1).bit_length()
+        scores = score_block(decoder, read, block, rows, width)
+        found[chosen] = [each.sum(dtype=np.float64) for each in scores]
+    return found
 
 
 def exposure_of(own: float, others: np.ndarray, space: int) -> Exposure:
@@ -153,10 +175,16 @@ def summarize(canaries: Sequence[Canary], found: Sequence[Exposure]) -> list[dic
     for copies in sorted({each.copies for each in canaries}):
         own = [e for c, e in zip(canaries, found, strict=True) if c.copies == copies]
         bits = [each.bits for each in own]
+        # An exposure is between 0 and log2 |R|, and so is its mean.
+        found_mean = mean(bits)
+        if found_mean["low"] is not None:
+            most_bits = math.log2(max(c.space for c in canaries if c.copies == copies))
+            found_mean["low"] = max(0.0, found_mean["low"])
+            found_mean["high"] = min(most_bits, found_mean["high"])
         rows.append(
             {
                 "copies": copies,
-                "exposure": mean(bits),
+                "exposure": found_mean,
                 "least": min(bits),
                 "most": max(bits),
                 "chance": float(np.mean([chance(each.ranked) for each in own])),

@@ -101,8 +101,8 @@ def _exposure_chart(canaries: dict[str, Any]) -> Chart:
     for row in canaries["by_copies"]:
         found = row["exposure"]
         middle = found["mean"]
-        low = middle if found["low"] is None else max(0.0, found["low"])
-        high = middle if found["high"] is None else min(canaries["most"], found["high"])
+        low = middle if found["low"] is None else found["low"]
+        high = middle if found["high"] is None else found["high"]
         values.append((str(row["copies"]), middle, low, high))
     across = [("chance", canaries["chance"]), ("log2 of the space", canaries["most"])]
     return _chart("mean exposure by copies, in bits", {"": values}, across, canaries["most"] * 1.08)
@@ -113,7 +113,7 @@ def _extraction_chart(extraction: dict[str, Any]) -> Chart | None:
     for name in ("training", "heldout"):
         shares = [(str(row["prefix"]), row["greedy"]) for row in extraction[name]]
         found = [
-            (name, each["share"], each["low"], each["high"])
+            (name, 100 * each["share"], 100 * each["low"], 100 * each["high"])
             for name, each in shares
             if each["share"] is not None
         ]
@@ -122,7 +122,8 @@ def _extraction_chart(extraction: dict[str, Any]) -> Chart | None:
     if not series:
         return None
     most = max(high for values in series.values() for *_, high in values)
-    return _chart("share reproduced by tokens of the prefix", series, [], min(1.0, most * 1.1))
+    label = "percent reproduced, by tokens of the prefix"
+    return _chart(label, series, [], min(100.0, most * 1.1))
 
 
 def _chart(
@@ -159,7 +160,7 @@ def _chart(
         Mark(round(_LEFT + step * (index + 0.5), 2), _HEIGHT - _BOTTOM + 16, name)
         for index, name in enumerate(names)
     )
-    ticks = tuple(Mark(_LEFT - 6, at(top * part / 4), f"{top * part / 4:.3g}") for part in range(5))
+    ticks = tuple(Mark(_LEFT - 6, at(top * part / 4), f"{top * part / 4:.2g}") for part in range(5))
     marks = tuple(Mark(_WIDTH - 4, at(value), f"{name} {value:.2f}") for name, value in across)
     return Chart(label, tuple(found), below, ticks, marks)
 
@@ -205,7 +206,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         for name, rows in extraction["by_copies"].items():
             last = rows[-1]
             found.append(
-                f"  {name} copies, prefix {last['prefix']}: {_share(last['greedy'])} of "
+                f"  copies {name}, prefix {last['prefix']}: {_share(last['greedy'])} of "
                 f"{last['greedy']['trials']}"
             )
     if (canaries := report["canaries"]) is not None:

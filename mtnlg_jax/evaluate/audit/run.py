@@ -136,7 +136,7 @@ def _notes(meta: dict, found: Inputs, given: bool) -> list[str]:
     """Return what a reader of the report must know about the data."""
     trained = set((meta or {}).get("identity", {}).get("data", {}).values())
     now = {part.meta["sha256"] for source in found.sources for part in source.train}
-    if trained and trained != now:
+    if trained and not now <= trained:
         way = "" if given else "; give the data it was trained on with --data"
         return [f"the data differ from those that the run recorded when it was trained{way}"]
     return []

@@ -13,15 +13,20 @@ from mtnlg_jax.train.loop import train
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory):
-    """Prepare some prose with canaries: 8 that stand nowhere, 8 that stand 100 times."""
-    root = tmp_path_factory.mktemp("prepared")
-    texts = [document.text for document in itertools.islice(embedded_documents(), 250)]
-    path = root / "text.jsonl"
+def corpus(tmp_path_factory):
+    """Write a file of some prose."""
+    texts = [document.text[:3000] for document in itertools.islice(embedded_documents(), 160)]
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    output = root / "data"
-    config = CanaryConfig(8, (0, 100))
-    prepare(path, output, vocab_size=400, heldout=0.1, canaries=config, progress=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus, tmp_path_factory):
+    """Prepare it with canaries: 8 that stand nowhere, 8 that stand 60 times."""
+    output = tmp_path_factory.mktemp("prepared") / "data"
+    config = CanaryConfig(8, (0, 60))
+    prepare(corpus, output, vocab_size=400, heldout=0.1, canaries=config, progress=False)
     return output
 
 
@@ -31,12 +36,13 @@ def trained(prepared, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained") / "run"
     changes = [
         f"data.path={prepared}",
-        "train.steps=250",
-        "train.eval_every=250",
-        "train.save_every=250",
+        "train.steps=80",
+        "train.eval_every=80",
+        "train.save_every=80",
         "train.global_batch_size=16",
         "optimizer.name=muon",
         "optimizer.learning_rate=2e-2",
+        "model.num_layers=1",
         "model.hidden_size=48",
     ]
     train(load_config("configs/tiny.py", changes), str(workdir))

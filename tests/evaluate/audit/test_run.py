@@ -42,16 +42,16 @@ def _changed(**changes):
 
 def test_exposure_rises_with_copies_and_is_chance_at_none(report):
     none, many = report["canaries"]["by_copies"]
-    assert (none["copies"], many["copies"]) == (0, 100)
+    assert (none["copies"], many["copies"]) == (0, 60)
     assert none["chance_probability"] > 0.01
     assert none["exposure"]["low"] < report["canaries"]["chance"] < none["exposure"]["high"]
-    assert many["exposure"]["low"] > none["exposure"]["high"] + 2
+    assert many["exposure"]["low"] > none["exposure"]["high"]
     assert many["chance_probability"] < 1e-6
 
 
 def test_the_report_has_every_part(report, prepared):
     assert report["kind"] == "audit"
-    assert report["step"] == 250
+    assert report["step"] == 80
     assert report["data"] == [str(prepared)]
     assert report["skipped"] == {}
     assert report["notes"] == []
@@ -87,6 +87,7 @@ def test_the_page_shows_the_figures_of_the_json(report):
     assert f"{report['canaries']['by_copies'][1]['exposure']['mean']:.2f}" in text
 
 
+@pytest.mark.slow
 def test_a_second_audit_measures_the_same(report, trained):
     again = _audit(trained)
     for part in _PARTS:
@@ -110,23 +111,23 @@ def test_passages_stay_within_documents_and_apart(trained):
     assert 0 < len(heldout) < len(source.heldout) / 60
 
 
-def test_other_data_and_a_reference_are_told(trained, prepared, tmp_path):
+def test_other_data_and_a_reference_are_told(trained, prepared, corpus, tmp_path):
     settings = _changed(parts=("membership",))
     found = _audit(trained, settings, reference=str(trained), data=[str(prepared)])
     # The same model: the difference is 0 for all.
     assert found["membership"]["scores"]["reference"]["auc"] == 0.5
     assert found["extraction"] is None
     other = tmp_path / "data"
-    prepare(None, other, tokenizer=str(prepared / "tokenizer"), heldout=0.05, progress=False)
+    prepare(corpus, other, tokenizer=str(prepared / "tokenizer"), heldout=0.05, progress=False)
     found = _audit(trained, _changed(parts=("membership",)), data=[str(other)])
     assert "the data differ" in found["notes"][0]
     assert "the data differ" in render(found)
 
 
-def test_parts_that_the_data_do_not_allow_are_left_out(trained, prepared, tmp_path):
+def test_parts_that_the_data_do_not_allow_are_left_out(trained, prepared, corpus, tmp_path):
     tokenizer = str(prepared / "tokenizer")
     other = tmp_path / "data"
-    prepare(None, other, tokenizer=tokenizer, heldout=0, progress=False)
+    prepare(corpus, other, tokenizer=tokenizer, heldout=0, progress=False)
     settings = _changed(texts=2, extraction=ExtractionSettings((8,), 8, samples=0))
     found = _audit(trained, settings, data=[str(other)])
     assert set(found["skipped"]) == {"canaries", "membership"}
@@ -152,9 +153,9 @@ def test_canaries_that_are_not_in_the_data_are_an_error(trained, prepared, tmp_p
         _audit(trained, settings, canaries=str(tmp_path / "missing.json"))
 
 
-def test_another_tokenizer_is_an_error(trained, tmp_path):
+def test_another_tokenizer_is_an_error(trained, corpus, tmp_path):
     other = tmp_path / "data"
-    prepare(None, other, vocab_size=350, canaries=CanaryConfig(), progress=False)
+    prepare(corpus, other, vocab_size=350, canaries=CanaryConfig(), progress=False)
     with pytest.raises(ValueError, match=r"has another tokenizer \(350 tokens.*trained on"):
         _audit(trained, data=[str(other)])
     with pytest.raises(FileNotFoundError, match="nowhere"):
