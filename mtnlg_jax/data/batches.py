@@ -348,13 +348,21 @@ class HeldOut:
 
     def read(self, source: np.ndarray, window: np.ndarray) -> dict[str, np.ndarray]:
         """Return rows as `Batches.rows` does, by source [n] and number within the source [n]."""
-        rows = _empty(self.sources, (len(source), self._length + 1))
-        for index in np.unique(source):
-            chosen = source == index
-            windows = heldout_rows(self.sources[index], self._length, window[chosen])
-            for name, values in windows.items():
-                rows[name][chosen] = values
-        return rows
+        return fixed_rows(self.sources, self._length, source, window)
+
+
+def fixed_rows(
+    sources: Sequence[Tokens], sequence_length: int, source: np.ndarray, window: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return rows as `Batches.rows` does: `heldout_rows` of several sources, by source [n] and
+    number within it [n]."""
+    rows = _empty(sources, (len(source), sequence_length + 1))
+    for index in np.unique(source):
+        chosen = source == index
+        windows = heldout_rows(sources[index], sequence_length, window[chosen])
+        for name, values in windows.items():
+            rows[name][chosen] = values
+    return rows
 
 
 def _spread(count: int, wanted: int) -> np.ndarray:

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mtnlg_jax.parallel.mesh import AXES, EXPERT_BIAS, axes_in, dims_of, parameter_name, spec_of
+from mtnlg_jax.parallel.mesh import (
+    AXES,
+    EXPERT_BIAS,
+    ROWS,
+    axes_in,
+    dims_of,
+    parameter_name,
+    spec_of,
+)
 from mtnlg_jax.parallel.rings import Stages, stages_over
 
 
@@ -221,3 +229,27 @@ def reduce_gradients(
         return (lax.psum(grad, missing) if missing else grad).astype(jnp.float32)
 
     return jax.tree_util.tree_map_with_path(one, grads)
+
+
+def squared_norm(grads: Any, whole: str = "") -> jax.Array:
+    """Return the squared norm of the gradient of this device's rows alone, a float32 scalar.
+
+    ``grads`` are local gradients, whole along D, as `reduce_gradients` takes them. They are summed
+    over the axes whose devices have parts of the same rows, and not over ROWS. Each parameter
+    counts once: squares are summed over the axes that split it, and devices that share it agree.
+    """
+    manual = [axis for axis in AXES if axis not in ROWS and axis_size(axis) > 1]
+    groups: dict[tuple[str, ...], list[jax.Array]] = {}
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        spec = spec_of(dims_of(path), 0, whole)
+        split = {axis for entry in spec for axis in axes_in(entry)}
+        over = tuple(axis for axis in manual if axis in split)
+        groups.setdefault(over, []).append(grad.astype(jnp.float32))
+    total = vary(jnp.float32(0))
+    for over, parts in groups.items():
+        missing = tuple(axis for axis in manual if axis not in over)
+        # One collective for all of a group.
+        parts = lax.psum(parts, missing) if missing else parts
+        square = sum((jnp.sum(jnp.square(part)) for part in parts), start=jnp.float32(0))
+        total = total + vary(lax.psum(square, over) if over else square)
+    return total

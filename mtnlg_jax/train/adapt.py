@@ -30,7 +30,7 @@ from mtnlg_jax.data.store.prepared import PREPARED
 from mtnlg_jax.data.store.sources import open_tokens
 from mtnlg_jax.data.store.tokens import Tokens
 from mtnlg_jax.data.tokenizer import Tokenizer
-from mtnlg_jax.train import lora
+from mtnlg_jax.train import lora, privacy
 from mtnlg_jax.train.adapter_file import Adapter, adapter_config, identity_of, open_base
 from mtnlg_jax.train.arrays import StoredArrays
 from mtnlg_jax.train.checkpoint import find_run
@@ -125,6 +125,7 @@ def train_adapter(
         "steps": run_config.train.steps,
         "best_step": step,
         "seconds": round(summary.seconds, 1),
+        **_spent(run),
     }
     adapter = dataclasses.replace(adapter, trained=trained)
     return Trained(adapter, held_out, base[0].tokenizer)
@@ -248,6 +249,15 @@ def _adapter_of(run: str, identity: dict[str, Any]) -> tuple[Adapter, int]:
 
     found = find_run(run, "best", read)
     return found.params, found.step
+
+
+def _spent(run: str) -> dict[str, Any]:
+    """Return what a differentially private run has spent, which outlasts its folder."""
+    content = storage.read_file(run, privacy.FILE)
+    if content is None:
+        return {}
+    report = json.loads(content)
+    return {f"privacy_{key}": report[key] for key in ("epsilon", "delta", "unit", "units")}
 
 
 def _keep_matching(folder: str, content: list) -> None:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import Config, ModelConfig
+from mtnlg_jax.data.poisson import capacity
 from mtnlg_jax.parallel.collectives import zigzag
 from mtnlg_jax.parallel.mesh import BATCH, ROWS, row_shards
 
@@ -45,9 +46,18 @@ def micro_batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
     return -(-micro_batches // unit) * unit, rows
 
 
+def private_batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """Return (M, B) of a batch of Poisson sampling: of each micro-batch a shard has one unit."""
+    per_unit = config.optimizer.rows_of_unit
+    shards = row_shards(mesh.shape)
+    room = capacity(config.train.global_batch_size / per_unit)
+    return -(-room // shards), shards * per_unit
+
+
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the largest batch as ShapeDtypeStructs: every step is compiled for this input."""
-    micro, rows = micro_batch_shape(config, mesh)
+    shape_of = private_batch_shape if config.optimizer.private else micro_batch_shape
+    micro, rows = shape_of(config, mesh)
 
     def one(name):
         shape, spec = layout_of(name, (micro, rows, config.sequence_length), config.model)
@@ -77,7 +87,8 @@ def put_batch(
 
     ``rows_of(numbers)`` returns a dict of (n, S) arrays for global row numbers m * B + b, and for
     a ``model`` with a prefix "prefix" (n, *model.prefix.shape). It is called only for rows that
-    this process holds. ``more``: names of further int32 arrays (n, S).
+    this process holds. It may return other numbers of the rows for dropout, "rows" (n,). ``more``:
+    names of further int32 arrays (n, S).
     """
     model = ModelConfig() if model is None else model
     micro, rows, length = shape
@@ -94,8 +105,9 @@ def put_batch(
             numbers = (np.arange(micro)[:, None] * rows + np.arange(*key)).reshape(-1)
             found = rows_of(numbers)
             prefix = {"prefix": found.pop("prefix")} if model.prefix.positions else {}
+            named = found.pop("rows", numbers)
             flat = {name: x[:, order] for name, x in found.items()} | prefix
-            flat["rows"] = numbers.astype(np.int32)
+            flat["rows"] = named.astype(np.int32)
             parts[key] = {
                 name: x.reshape(micro, key[1] - key[0], *x.shape[1:]) for name, x in flat.items()
             }

@@ -68,7 +68,8 @@ IDENTITY = (
 ) - _TRAINING_OF_MOE
 
 # Another value would change the meaning of the state or of the sample count.
-REFUSED = {"train.init", "data.sequence_length", "optimizer.name"}
+# `privacy.start` refuses another unit, and to turn differential privacy on or off.
+REFUSED = {"train.init", "data.sequence_length", "optimizer.name", "optimizer.dp_unit"}
 
 REPORTED = {
     "model.dropout_rate",
@@ -88,6 +89,12 @@ REPORTED = {
     "optimizer.eps",
     "optimizer.weight_decay",
     "optimizer.clip_grad_norm",
+    "optimizer.dp_noise_multiplier",
+    "optimizer.dp_target_epsilon",
+    "optimizer.dp_clip_norm",
+    "optimizer.dp_delta",
+    "optimizer.dp_source_rows",
+    "optimizer.dp_secret",
     "train.steps",
     "train.global_batch_size",
     "train.rampup_batch_size",
@@ -104,6 +111,7 @@ START = {"model.init_method_std"}
 
 FREE = {
     "name",
+    "optimizer.dp_accountant",
     "model.vocab_size_divisible_by",
     "model.vocab_padding",
     "model.attention_impl",

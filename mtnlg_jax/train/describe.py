@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -30,6 +31,7 @@ environment.json  date, command, commit, versions, devices and compiler flags of
 tokenizer/        the tokenizer of the data and of generated text
 huggingface/      of a run that came from a model of another format: its config.json, tokenizer and
                   settings of generation, which launch/convert.py writes again
+privacy.json      with differential privacy, what its checkpoints have spent: epsilon, delta
 metrics.jsonl     a line for each step (kind train), each evaluation (kind eval) and each evaluation
                   of tasks (kind tasks); loss in nats per token
 loss.png          the curves;  tensorboard/ the same for TensorBoard (pip install tensorboard)
@@ -51,11 +53,12 @@ def at_start(
     samples: int,
     training_tokens: int,
     restored: bool = False,
+    more: Sequence[str] = (),
 ) -> str:
     """Return the block that is printed before the first step.
 
     ``samples`` were read before step ``first``, and the data hold ``training_tokens``. ``restored``
-    says that the state is from a checkpoint of this folder.
+    says that the state is from a checkpoint of this folder. ``more`` are further lines.
     """
     train = config.train
     model = config.model
@@ -84,6 +87,7 @@ def at_start(
         f"{total:,} by the end{epochs}",
         f"  data    {sources}",
         *_tasks(train),
+        *more,
         f"  writes  {folder}: checkpoints/ {_every(train.save_every)}, metrics.jsonl, loss.png; "
         "README.txt there explains the files",
     ]

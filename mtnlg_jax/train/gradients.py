@@ -123,8 +123,7 @@ def make_loss_and_gradients(
             lambda blocks: to_rounds(blocks, config.mesh.virtual_pipe), natural.blocks
         )
         staged, micro_batches = enter(natural._replace(blocks=blocks), batch, key, teacher)
-        schedule = _one_f_one_b if config.mesh.schedule == "1f1b" else _circular
-        loss, gradients = leave(*schedule(micro_batches, staged, count, mesh))
+        loss, gradients = leave(*through_pipeline(micro_batches, staged, count, mesh))
         # The masters, and so the optimizer and checkpoints, keep the natural order of layers. The
         # transpose of the permutes brings gradients back to it.
         (blocks,) = to_natural(gradients.blocks)
@@ -161,8 +160,17 @@ def _summed_loads(loads_LE: jax.Array) -> jax.Array:
 # --- through the pipeline
 
 
+def through_pipeline(
+    micro_batches: MicroBatches, params: Params, count: int | jax.Array, mesh: Mesh
+) -> tuple[jax.Array, Params]:
+    """Return (loss, gradients) of ``count`` micro-batches by mesh.schedule; ``params`` are compute
+    weights, the layers in the order of their stages."""
+    schedule = _one_f_one_b if micro_batches.config.mesh.schedule == "1f1b" else _circular
+    return schedule(micro_batches, params, count, mesh)
+
+
 def _circular(
-    micro_batches: MicroBatches, params: Params, count: jax.Array, mesh: Mesh
+    micro_batches: MicroBatches, params: Params, count: int | jax.Array, mesh: Mesh
 ) -> tuple[jax.Array, Params]:
     """Return (loss, gradients) by the circular schedule, a flush of micro-batches at a time."""
     rest, blocks = params
@@ -207,7 +215,7 @@ def _circular(
 
 
 def _one_f_one_b(
-    micro_batches: MicroBatches, params: Params, count: jax.Array, mesh: Mesh
+    micro_batches: MicroBatches, params: Params, count: int | jax.Array, mesh: Mesh
 ) -> tuple[jax.Array, Params]:
     """Return (loss, gradients) by 1F1B."""
     rest, blocks = params

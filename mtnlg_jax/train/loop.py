@@ -19,11 +19,12 @@ from mtnlg_jax.data.batches import SAMPLE_ORDER
 from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.errors import Preempted
 from mtnlg_jax.parallel.mesh import make_mesh, row_shards
-from mtnlg_jax.train import changes, describe, init_from, lifetime, processes
+from mtnlg_jax.train import changes, describe, init_from, lifetime, privacy, processes
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.evaluate import Evaluator
 from mtnlg_jax.train.inputs import Data, batch_at, load_data, resolve
 from mtnlg_jax.train.metrics import MetricsLog
+from mtnlg_jax.train.privacy import Ledger
 from mtnlg_jax.train.reporter import FIGURES, Meter, Reporter, Summary, short, show
 from mtnlg_jax.train.saving import Saver
 from mtnlg_jax.train.schedule import is_due, is_masked, samples_at_end, stage_at
@@ -71,14 +72,14 @@ def train(
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())
         teachers = init_from.load_teachers(config, mesh)
         identity = identity_of_data(config, data) | init_from.identity_of(config, teachers)
-        config, first, state, restored = _first_state(config, mesh, checkpoints, identity)
+        config, first, state, ledger, restored = _begin(config, mesh, checkpoints, identity, data)
         # Data order, the batch ramp and the learning rate follow the samples, not the steps.
         samples = int(state.samples)
         total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
-        _describe_start(config, mesh, data, workdir, first, samples, restored, announce)
+        _describe_start(config, mesh, data, workdir, first, samples, restored, ledger, announce)
         log = resources.enter_context(closing(MetricsLog(workdir, first, processes.is_first())))
         bar = resources.enter_context(_progress_bar(config, first, show_progress))
-        reporter = Reporter(config, log, bar, Meter(config, data.has_answers), checkpoints)
+        reporter = Reporter(config, log, bar, Meter(config, data.has_answers), checkpoints, ledger)
         saver = Saver(checkpoints)
         steps = _compiled_steps(config, mesh, data, teachers, total_samples, watchdog)
         evaluate = Evaluator(config, mesh, data)
@@ -86,6 +87,7 @@ def train(
         vote = processes.PreemptionVote()
         due = functools.partial(is_due, config.train)
         best = checkpoints.best_metric()  # of earlier starts as well
+        save_state = functools.partial(_save, checkpoints, ledger, workdir)
         save = None  # saves the newest state again, if the last save failed
         _catch_up(evaluate, score_tasks, state, first, config, log, show_progress)
 
@@ -117,8 +119,8 @@ def train(
                 saving = saving or (config.train.keep_best and metric < best)
                 save = None
                 if saving and reporter.is_healthy(done, result, stopping):
-                    meta = _meta(config, identity, samples, result)
-                    save = functools.partial(_save, checkpoints, done, state, meta, metric)
+                    meta = _meta(config, identity, samples, result, ledger, done)
+                    save = functools.partial(save_state, done, state, meta, metric)
                     best = min(best, metric) if saver.save(save) else best
                 if evaluating and enough(log.evaluations()) and not stopping:
                     break
@@ -164,10 +166,11 @@ def identity_of_data(config: Config, data: Data) -> dict[str, dict]:
     }
 
 
-def _first_state(
-    config: Config, mesh: Mesh, checkpoints: Checkpoints, identity: dict
-) -> tuple[Config, int, TrainState, bool]:
-    """Return (config, first step, state, whether a checkpoint of this folder was restored).
+def _begin(
+    config: Config, mesh: Mesh, checkpoints: Checkpoints, identity: dict, data: Data
+) -> tuple[Config, int, TrainState, Ledger | None, bool]:
+    """Return (config, first step, state, the ledger of privacy.start, whether a checkpoint of this
+    folder was restored).
 
     Precedence: 1. the newest good checkpoint of this folder; 2. the parameters of train.init;
     3. fresh ones from train.seed.
@@ -180,16 +183,19 @@ def _first_state(
         functools.partial(changes.refuse_changes, config=config),
     )
     if not restored:
-        return config, 0, init_state(config, mesh, init_from.load_start(config, mesh)), False
+        config, ledger = privacy.start(config, data.samplers, {}, 0, 0)
+        state = init_state(config, mesh, init_from.load_start(config, mesh))
+        return config, 0, state, ledger, False
     first, state, meta = restored
     # From here on train.init of the config is that of the first start of this run.
     config = changes.kept_init(meta, config)
     samples = int(state.samples)
+    config, ledger = privacy.start(config, data.samplers, meta, first, samples)
     if samples and processes.is_first():  # 0: parameters alone, not trained in this folder yet
         reported = changes.report_changes(meta, first, samples, config)
         if reported:
             logging.warning("%s", reported)
-    return config, first, state, True
+    return config, first, state, ledger, True
 
 
 def _describe_start(
@@ -200,6 +206,7 @@ def _describe_start(
     first: int,
     samples: int,
     restored: bool,
+    ledger: Ledger | None,
     announce: Callable[[str], None],
 ) -> None:
     """Write the files of a start, and describe it to ``announce``, in the first process."""
@@ -207,7 +214,8 @@ def _describe_start(
         describe.write(config, workdir, first)
         _keep_files(config, data.tokenizer, workdir, fresh=not restored)
         tokens = data.training_tokens
-        announce(describe.at_start(config, mesh, workdir, first, samples, tokens, restored))
+        lines = ledger.lines(first) if ledger else []
+        announce(describe.at_start(config, mesh, workdir, first, samples, tokens, restored, lines))
 
 
 def _compiled_steps(
@@ -294,7 +302,14 @@ def _evaluate(
     return result
 
 
-def _meta(config: Config, identity: dict, samples: int, result: dict) -> dict:
+def _meta(
+    config: Config,
+    identity: dict,
+    samples: int,
+    result: dict,
+    ledger: Ledger | None,
+    done: int,
+) -> dict:
     """Return the metadata of a checkpoint."""
     return {
         # The resolved config: a resume compares with it, and decoding needs the vocabulary.
@@ -303,12 +318,22 @@ def _meta(config: Config, identity: dict, samples: int, result: dict) -> dict:
         "samples": samples,
         "order_of_samples": SAMPLE_ORDER,
         "metrics": result,
+        **({"privacy": ledger.meta(done)} if ledger else {}),
     }
 
 
 def _save(
-    checkpoints: Checkpoints, done: int, state: TrainState, meta: dict, metric: float
+    checkpoints: Checkpoints,
+    ledger: Ledger | None,
+    workdir: str,
+    done: int,
+    state: TrainState,
+    meta: dict,
+    metric: float,
 ) -> None:
+    if ledger and processes.is_first():
+        # Before the checkpoint: none is ever without what it spent.
+        ledger.write(workdir, done)
     # Without an evaluation, only the next step shows whether these parameters have a finite loss.
     checkpoints.save(done, state, meta, metric, proven=math.isfinite(metric))
 

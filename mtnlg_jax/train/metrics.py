@@ -282,6 +282,7 @@ TRAINING_LOSSES = {
     "loss": "cross entropy, nats a token",
     "smoothed_loss": "training objective:\ncross entropy with label smoothing",
     "distillation_loss": "training objective:\ndistillation",
+    "nonprivate_loss": "training loss, not private:\nmean over the examples of a step",
 }
 _LONG_GAP = 3  # in usual distances between records; above it some are missing
 

@@ -16,6 +16,7 @@ from mtnlg_jax.train import lora
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.metrics import MetricsLog, peak_flops
 from mtnlg_jax.train.plots import OBJECTIVES, losses_of_sources, scores_of_tasks
+from mtnlg_jax.train.privacy import Ledger
 from mtnlg_jax.train.schedule import is_masked, loss_name, stage_at
 
 FIGURES = ("causal_loss", "perplexity", "bits_per_byte", "masked_loss")  # of an evaluation
@@ -159,18 +160,28 @@ class Meter:
         return None if self.peak is None else rate * self.flops / self.peak
 
 
+_FURTHER = ("expert_", "nonprivate_")  # beginnings of the names of further metrics of a step
+
+
 class Reporter:
     """Fetch the metrics of the pending step, one step late, and judge by them whether the state is
     good."""
 
     def __init__(
-        self, config: Config, log: MetricsLog, bar: tqdm, meter: Meter, checkpoints: Checkpoints
+        self,
+        config: Config,
+        log: MetricsLog,
+        bar: tqdm,
+        meter: Meter,
+        checkpoints: Checkpoints,
+        ledger: Ledger | None = None,
     ) -> None:
         self.config = config
         self.log = log
         self.bar = bar
         self.meter = meter
         self.checkpoints = checkpoints
+        self.ledger = ledger
         # (step, its metrics on the device, sequences)
         self.pending: tuple[int, dict[str, jax.Array], int] | None = None
         self.nonfinite_streak = 0  # up to the last step reported
@@ -194,7 +205,8 @@ class Reporter:
         meter.add(sequences * self.config.sequence_length)
         _, _, stage = stage_at(train, step)
         self.nonfinite_streak = values["nonfinite_streak"]
-        name = loss_name(train, stage)
+        name = "nonprivate_loss" if self.ledger else loss_name(train, stage)
+        spent = self.ledger.row(step + 1) if self.ledger else {}
         # Non-finite steps are always recorded, since they are what a reader looks for.
         if (step + 1) % train.log_every == 0 or step + 1 == train.steps or self.nonfinite_streak:
             self.log.write(
@@ -208,7 +220,8 @@ class Reporter:
                     "objective": "masked" if is_masked(train, step) else "causal",
                     "sequences": sequences,
                     "skipped": values["nonfinite_total"],
-                    **{key: x for key, x in values.items() if key.startswith("expert_")},
+                    **{key: x for key, x in values.items() if key.startswith(_FURTHER)},
+                    **spent,
                     "tokens_per_second": round(meter.rate, 1),
                     **meter.mfu_entry,
                 }
@@ -218,6 +231,7 @@ class Reporter:
             self.bar,
             [
                 f"{name.replace('_', ' ')} {values['loss']:.3f}",
+                f"epsilon {spent['epsilon']:.2f}" if spent else "",
                 f"{meter.rate:,.0f} tokens/s" if meter.rate else "",
                 f"{values['nonfinite_total']} skipped" if values["nonfinite_total"] else "",
                 f"stage {stage.name}",

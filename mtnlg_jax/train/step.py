@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config
-from mtnlg_jax.train import expert_loads, lora, quantized_base
+from mtnlg_jax.train import expert_loads, lora, privacy, quantized_base
 from mtnlg_jax.train.distill import Distillation
 from mtnlg_jax.train.gradients import make_loss_and_gradients
 from mtnlg_jax.train.optimizer import make_optimizer
+from mtnlg_jax.train.private_gradients import make_private_gradients
 from mtnlg_jax.train.processes import fingerprint
 from mtnlg_jax.train.schedule import learning_rate
 from mtnlg_jax.train.state import TrainState, state_shardings
@@ -34,7 +35,8 @@ def make_train_step(
     state. ``batch`` holds arrays (M, B, S), of which ``micro_batches`` (of M) and ``sequences`` are
     in use; see `inputs.batch_at`. ``rate_scale`` is the factor on the learning rate in this stage.
     With a ``distillation`` the teacher's parameters are one more argument, the last. A step whose
-    loss or gradient norm is not finite changes only the counters.
+    loss or gradient norm is not finite changes only the counters. With differential privacy only
+    the noised gradients decide: to skip by anything else would tell of single examples.
 
     Args:
       causal: whether attention is causal, as for the causal objective, or bidirectional.
@@ -44,10 +46,15 @@ def make_train_step(
     optimizer = make_optimizer(config.optimizer)
     moe = config.model.moe
     # The layers of a quantized base are assembled where they are applied, so none can be counted.
-    counting = moe.num_moe_experts > 0 and not quantized_base.used(config)
-    loss_and_gradients = make_loss_and_gradients(
-        config, mesh, causal, distillation, counting, sparse
-    )
+    private = config.optimizer.private
+    counting = moe.num_moe_experts > 0 and not quantized_base.used(config) and not private
+    if private:
+        secret = privacy.secret_of(config, "noise")
+        private_gradients = make_private_gradients(config, mesh, causal, secret)
+    else:
+        loss_and_gradients = make_loss_and_gradients(
+            config, mesh, causal, distillation, counting, sparse
+        )
     # With adapters the base is frozen, and the routers' biases are part of it.
     balancing = counting and moe.moe_router_enable_expert_bias and not lora.used(config)
     shardings = state_shardings(config, mesh)
@@ -58,7 +65,13 @@ def make_train_step(
         # With LoRA the optimizer sees only the factors A and B. Without it both are the parameters.
         model = lora.computed(state.params, config)
         trained, to_params = lora.trainable(state.params, config)
-        loss, grads, *loads = loss_and_gradients(model, batch, micro_batches, key, *teacher)
+        figures = {}
+        if private:
+            loss, grads, figures = private_gradients(
+                model, batch, micro_batches, key, state.step, sequences
+            )
+        else:
+            loss, grads, *loads = loss_and_gradients(model, batch, micro_batches, key, *teacher)
 
         # The schedule follows the samples at the end of the step, so that the first step of a
         # warm-up does not have rate 0.
@@ -72,10 +85,11 @@ def make_train_step(
         if balancing:
             params = expert_loads.balanced(params, loads[0], config)
 
-        # Global arrays: the sums go over all shards. This is the norm before clipping.
+        # Global arrays: the sums go over all shards. This is the norm before clipping, and with
+        # differential privacy that of the noised mean.
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
         # A gradient may overflow although the loss is finite, so both are checked.
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(grad_norm) & (private or jnp.isfinite(loss))
 
         # An elementwise selection, not a branch: the update is always computed, and a NaN in it is
         # not selected.
@@ -97,6 +111,7 @@ def make_train_step(
             "learning_rate": rate,
             "nonfinite_streak": new_state.nonfinite_streak,
             "nonfinite_total": new_state.nonfinite_total,
+            **figures,
         }
         if counting:
             metrics |= expert_loads.metrics_of(loads[0], moe)

@@ -1,4 +1,8 @@
-"""When master shards become compute weights: once a step, or with ZeRO-3 at every use."""
+"""When master shards become compute weights: once a step, or with ZeRO-3 at every use.
+
+With differential privacy it is once a step on every mesh: the transpose of a gather sums over data,
+and gradients are clipped before they are summed.
+"""
 
 import functools
 from collections.abc import Callable
@@ -40,7 +44,7 @@ def make_weights(config: Config) -> Weights:
     prepare = with_adapters if lora.used(config) else _unchanged
     # Compute weights of all layers must fit beside the masters. They are gathered once and used by
     # every micro-batch.
-    if config.mesh.zero < 3:
+    if config.mesh.zero < 3 or config.optimizer.private:
         return Weights(gather, _unchanged, prepare, scattered=False)
 
     def of_layer(layer):
@@ -57,15 +61,24 @@ def _of_quantized_base(config: Config, gather: Callable[..., Any]) -> Weights:
     dtype = jnp.dtype(config.train.compute_dtype)
     zero = config.mesh.zero
 
+    private = config.optimizer.private
+
+    def gather_factors(factors):
+        return gather({"blocks": factors}, dtype=jnp.float32)["blocks"]
+
     def at_start(params):
         rest, blocks = split_params(params)
+        if private:
+            mapping = blocks.raw_mapping
+            blocks = type(blocks)({**mapping, "lora": gather_factors(mapping["lora"])})
         return join_params(Params(gather(rest), blocks))
 
     def of_layer(layer):
         mapping = dict(layer.raw_mapping)
         # The name of the parent tells the plan that these parameters have a leading L.
         codes = gather_unchanged({"blocks": mapping.pop(quantized_base.KEY)}, zero)["blocks"]
-        factors = gather({"blocks": mapping.pop("lora")}, dtype=jnp.float32)["blocks"]
+        factors = mapping.pop("lora")
+        factors = factors if private else gather_factors(factors)
         plain = gather({"blocks": mapping})["blocks"]
 
         def adapt(name, matrix):
@@ -75,8 +88,8 @@ def _of_quantized_base(config: Config, gather: Callable[..., Any]) -> Weights:
         assembled = quantized_base.assemble(config, whole, adapt, stacked=False)
         return jax.tree.map(lambda leaf: leaf.astype(dtype), assembled)
 
-    if zero < 3:
-        return Weights(at_start, _unchanged, of_layer, scattered=True)
+    if zero < 3 or private:
+        return Weights(at_start, _unchanged, of_layer, scattered=not private)
     return Weights(_unchanged, gather, of_layer, scattered=True)
 
 

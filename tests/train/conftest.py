@@ -1,10 +1,15 @@
 """Let the runs of a file share their compiled programs."""
 
 import functools
+import sys
+from pathlib import Path
 
 import pytest
 
 from mtnlg_jax.train import evaluate, loop
+
+# The folder of the tests is not in the import path, but test_step.py is there.
+sys.path.append(str(Path(__file__).parent))
 
 
 class Kept:

@@ -73,7 +73,7 @@ def test_changes_that_affect_the_next_steps_are_reported_with_both_values(key):
         line.startswith("from step 11 on, settings differ from checkpoint 10: ")
         and "\n" not in line
     )
-    assert f"{key} {old} -> {new}" in line
+    assert f"{key} {'null' if old is None else old} -> {new}" in line
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,62 @@
+"""Rules of differential privacy: what would break the guarantee is refused."""
+
+from mtnlg_jax.config.checks import Rules, check_rules, refuse_changed
+from mtnlg_jax.config.schema import Config
+
+_KEYS = (
+    "dp_clip_norm",
+    "dp_delta",
+    "dp_unit",
+    "dp_source_rows",
+    "dp_accountant",
+    "dp_secret",
+)
+
+_RULES: Rules = (
+    (
+        lambda c: c.mesh.expert > 1,
+        "mesh.expert={c.mesh.expert} with differential privacy: an expert takes tokens of several "
+        "shards of rows at once, so its gradient is not of one unit; set mesh.expert=1 and raise "
+        "mesh.data",
+    ),
+    (
+        lambda c: c.model.moe.moe_router_enable_expert_bias,
+        "model.moe.moe_router_enable_expert_bias moves with the loads of a whole batch, without "
+        "noise, which breaks differential privacy; set it to False and balance experts by "
+        "model.moe.moe_aux_loss_coeff, a loss of each row",
+    ),
+    (
+        lambda c: c.train.reduce_dtype != "float32",
+        "train.reduce_dtype={c.train.reduce_dtype} rounds clipped gradients before their noise, so "
+        "that one unit may change a sum by more than optimizer.dp_clip_norm; set it to float32",
+    ),
+    (
+        lambda c: any(stage.distill for stage in c.train.stages),
+        "train.stages with distill: a teacher passes on what it has seen, without noise, which "
+        "breaks differential privacy; leave distill out, or start from other weights by --init=RUN",
+    ),
+    (
+        lambda c: c.optimizer.dp_source_rows > 1 and c.optimizer.dp_unit != "source",
+        "optimizer.dp_source_rows={c.optimizer.dp_source_rows} is for whole sources, and "
+        "optimizer.dp_unit={c.optimizer.dp_unit} protects one row; set optimizer.dp_unit=source",
+    ),
+    (
+        lambda c: c.train.global_batch_size < c.optimizer.rows_of_unit,
+        "train.global_batch_size={c.train.global_batch_size} is less than the "
+        "optimizer.dp_source_rows={c.optimizer.dp_source_rows} of one source; raise it, or lower "
+        "these",
+    ),
+)
+
+
+def check_privacy(config: Config) -> None:
+    """Raise ValueError if a setting breaks the guarantee, or if one acts only with it and it is
+    off."""
+    if config.optimizer.private:
+        check_rules(_RULES, config)
+    else:
+        why = (
+            "is for differential privacy, and optimizer.dp_noise_multiplier=0 turns it off; set "
+            "that to 1, or optimizer.dp_target_epsilon to 8"
+        )
+        refuse_changed(config.optimizer, _KEYS, why, "optimizer.")
