@@ -60,7 +60,7 @@ def audit(
 
     run, decoder = load_decoder(workdir, which, mesh=mesh, before=look)
     found = inputs[-1]
-    work = Measures(run.tokenizer, decoder, settings, found, progress)
+    work = Measures(found.tokenizer, decoder, settings, found, progress)
     work.draw()
     report: dict[str, Any] = {
         "kind": "audit",

@@ -90,12 +90,23 @@ def _check_tokenizer(
     known = [tokenizer] if tokenizer is not None else []
     if reader is not None:
         known += reader.settings(workdir)[1]
-    if known and found.fingerprint not in [each.fingerprint for each in known]:
+    if known and not any(_same_ids(found, each) for each in known):
         raise ValueError(
             f"{path} has another tokenizer ({found.vocab_size} tokens, {found.fingerprint[:12]}) "
             f"than {workdir} ({known[0].vocab_size}, {known[0].fingerprint[:12]}); give the data "
             "that this model was trained on"
         )
+
+
+def _same_ids(one: Tokenizer, other: Tokenizer) -> bool:
+    """Return whether the ids of both mean the same text, as those of a run and of the Hugging Face
+    folder that it was converted to."""
+    if one.fingerprint == other.fingerprint:
+        return True
+    roles = [(each.vocab_size, each.bos_id, each.eos_ids) for each in (one, other)]
+    return roles[0] == roles[1] and all(
+        one.token_bytes(index) == other.token_bytes(index) for index in range(one.vocab_size)
+    )
 
 
 def check_reference(workdir: str, tokenizer: Tokenizer, tokens: int) -> None:
@@ -107,7 +118,7 @@ def check_reference(workdir: str, tokenizer: Tokenizer, tokens: int) -> None:
         known = [load_tokenizer(storage.join(workdir, "tokenizer"))]
     else:
         known = list(reader.settings(workdir)[1])
-    if tokenizer.fingerprint not in [each.fingerprint for each in known]:
+    if not any(_same_ids(tokenizer, each) for each in known):
         raise ValueError(
             f"--reference={workdir} has another tokenizer ({known[0].vocab_size} tokens, "
             f"{known[0].fingerprint[:12]}) than the data ({tokenizer.vocab_size}, "

@@ -110,6 +110,18 @@ def test_scores_behind_one_prefix_equal_whole_texts(model):
     np.testing.assert_allclose(found - found[0], whole - whole[0], atol=2e-4)
 
 
+def test_secrets_of_several_lengths_in_several_blocks(model):
+    decoder, _ = model
+    rng = np.random.default_rng(0)
+    prefix = rng.integers(5, 300, 6).tolist()
+    lengths = [5, 1, 3, 17, 5, 2, 9, 1, 5]
+    found = [rng.integers(5, 300, length).tolist() for length in lengths]
+    small = decoder._replace(block_tokens=16)
+    rows = [prefix + each for each in found]
+    whole = [each.sum() for each in score_rows(decoder, rows, [6] * len(rows))]
+    np.testing.assert_allclose(exposure.score_secrets(small, prefix, found), whole, atol=1e-4)
+
+
 def test_a_model_that_never_saw_the_canaries_has_exposures_by_chance(model):
     decoder, tokenizer = model
     rng = np.random.default_rng(0)

@@ -14,6 +14,8 @@ from mtnlg_jax.evaluate.audit.report import describe, render
 from mtnlg_jax.evaluate.audit.run import audit
 from mtnlg_jax.evaluate.audit.settings import AuditSettings, ExtractionSettings
 from mtnlg_jax.evaluate.audit.sources import draw_passages, open_run_data
+from mtnlg_jax.interop import registry
+from mtnlg_jax.interop.huggingface import convert
 from mtnlg_jax.train.checkpoint import config_of
 
 _PARTS = ("extraction", "canaries", "membership", "personal_data")
@@ -160,6 +162,22 @@ def test_another_tokenizer_is_an_error(trained, corpus, tmp_path):
         _audit(trained, data=[str(other)])
     with pytest.raises(FileNotFoundError, match="nowhere"):
         _audit(trained, data=[str(tmp_path / "nowhere")])
+
+
+def test_a_model_of_another_format_reads_the_data_of_its_run(trained, prepared, corpus, tmp_path):
+    registry.register()
+    folder = tmp_path / "converted"
+    convert(str(trained), str(folder))
+    config = config_of(folder)
+    with pytest.raises(ValueError, match="does not name the data it was trained on; give --data"):
+        open_run_data(str(folder), config, None)
+    # Its tokenizer is another file with the same ids.
+    tokenizer, (source,) = open_run_data(str(folder), config, None, [str(prepared)])
+    assert source.path == str(prepared)
+    other = tmp_path / "data"
+    prepare(corpus, other, vocab_size=400, tokenizer="unigram", progress=False)
+    with pytest.raises(ValueError, match="has another tokenizer"):
+        open_run_data(str(folder), config, None, [str(other)])
 
 
 @pytest.mark.parametrize(
