@@ -179,6 +179,9 @@ def _score(params, tokens_BS, positions_BS, ends_BS, at_W, labels_WM, chunks, *,
         config, params, tokens_BS, positions_BS, attend, rows=(positions_BS, ends_BS)
     )
     x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+    places = len(at_W)
+    at_W = jnp.pad(at_W, (0, -places % CHUNK))
+    labels_WM = jnp.pad(labels_WM, ((0, -places % CHUNK), (0, 0)))
 
     def chunk(number, carry):
         logprobs_WM, best_WM = carry
@@ -194,7 +197,8 @@ def _score(params, tokens_BS, positions_BS, ends_BS, at_W, labels_WM, chunks, *,
         return logprobs_WM, best_WM
 
     begin = jnp.zeros(labels_WM.shape, jnp.float32), jnp.zeros(labels_WM.shape, bool)
-    return whole(lax.fori_loop(0, chunks, chunk, begin))
+    logprobs_WM, best_WM = lax.fori_loop(0, chunks, chunk, begin)
+    return whole((logprobs_WM[:places], best_WM[:places]))
 
 
 def _attend_tree(q, k, v, positions_BS, ends_BS, options: dict[str, Any]):

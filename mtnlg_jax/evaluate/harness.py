@@ -29,7 +29,6 @@ from mtnlg_jax.decode.cache import Decoder
 from mtnlg_jax.decode.generate import generate
 from mtnlg_jax.decode.group_scoring import score_groups
 from mtnlg_jax.decode.load import load_decoder
-from mtnlg_jax.decode.memory import Plan
 from mtnlg_jax.evaluate import harness_options as options
 from mtnlg_jax.interop import registry
 
@@ -66,7 +65,7 @@ class MtnlgLM(TemplateLM):
 
         def before(config, tokenizer) -> None:
             if check:
-                options.check_memory(workdir, Plan(config.model, mesh=mesh, **loading))
+                options.check_memory(workdir, config.model, mesh, **loading)
 
         run, decoder = load_decoder(workdir, checkpoint, mesh=mesh, before=before, **loading)
         self.step: int | None = run.step
@@ -125,8 +124,8 @@ class MtnlgLM(TemplateLM):
         self._seed = seed
         self._template = chat_template
         self._most_rows = _rows(batch_size, max_batch_size)
-        if device not in (None, "cpu", "auto"):
-            logger.warning("device=%s is ignored: JAX chooses, by JAX_PLATFORMS", device)
+        # The harness's command always names one; JAX chooses, by JAX_PLATFORMS.
+        del device
 
     # --- tokens
 
@@ -171,7 +170,7 @@ class MtnlgLM(TemplateLM):
         spelled = self.tok.special_names.get(self.prefix_token_id)
         found = []
         for text, tokens in zip(texts, self.tok.encode_batch(texts), strict=True):
-            begins = bool(spelled) and text.startswith(spelled)
+            begins = spelled is not None and text.startswith(spelled)
             adds = not begins if add_special_tokens is None else add_special_tokens
             found.append([self.tok.bos_id, *tokens] if adds and self._bos else tokens)
         return found
@@ -181,8 +180,27 @@ class MtnlgLM(TemplateLM):
 
     # --- log-probabilities
 
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[Answer]:
+        """Return the log-probability of each continuation after its context, and whether greedy
+        decoding would write it.
+
+        The texts are encoded together and cut apart by the number of tokens of the context alone.
+        Spaces at the end of a context belong to its continuation.
+        """
+        for request in requests:
+            if not request.args[1]:
+                raise ValueError(self._no_tokens(request.args))
+        return super().loglikelihood(requests, disable_tqdm)
+
+    @staticmethod
+    def _no_tokens(texts: tuple[str, str] | None) -> str:
+        return (
+            f"the continuation{_named(texts)} has no tokens, so it has no probability; give every "
+            "choice of the task a text"
+        )
+
     def _loglikelihood_tokens(
-        self, requests: Sequence[Request], disable_tqdm: bool = False, **_: Any
+        self, requests: Sequence[Request], disable_tqdm: bool = False, **unused: Any
     ) -> list[Answer]:
         """Return the answer to each request.
 
@@ -190,8 +208,9 @@ class MtnlgLM(TemplateLM):
         """
         groups: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
         cut = 0
-        for number, (_, context, continuation) in enumerate(requests):
-            self._check_continuation(requests[number])
+        for number, request in enumerate(requests):
+            self._check_continuation(request)
+            _, context, continuation = request
             # The last token is predicted and not read.
             kept = self.max_length + 1 - len(continuation)
             cut += len(context) > kept
@@ -224,12 +243,9 @@ class MtnlgLM(TemplateLM):
 
     def _check_continuation(self, request: Request) -> None:
         texts, context, continuation = request
-        said = "" if texts is None else f" {texts[1]!r} after {texts[0][-40:]!r}"
+        said = _named(texts)
         if not continuation:
-            raise ValueError(
-                f"the continuation{said} has no tokens, so it has no probability; give every "
-                "choice of the task a text"
-            )
+            raise ValueError(self._no_tokens(texts))
         if len(continuation) > self.max_length:
             raise ValueError(
                 f"the continuation{said} has {len(continuation)} tokens, and the model reads "
@@ -356,7 +372,11 @@ class MtnlgLM(TemplateLM):
 
 
 _LOADING = ("dtype", "weights", "memory_check", *options.AXES)
-_OF = tuple(MtnlgLM._begin.__kwdefaults__)
+_OF = tuple(MtnlgLM._begin.__kwdefaults__ or ())
+
+
+def _named(texts: tuple[str, str] | None) -> str:
+    return "" if texts is None else f" {texts[1]!r} after {texts[0][-40:]!r}"
 
 
 def _check(given: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from mtnlg_jax import compat
 from mtnlg_jax.config import Config, DecodeConfig, ModelConfig, override, validate_decode
 from mtnlg_jax.config.checks import check_fields
+from mtnlg_jax.config.decode_rules import acting
 from mtnlg_jax.decode.cache import Decoder
 from mtnlg_jax.decode.forest import USUAL
 from mtnlg_jax.decode.group_scoring import CHUNK, QUERIES
@@ -64,9 +65,13 @@ def join_processes() -> None:
         processes.start(None, None, None, heartbeat_seconds=100)
 
 
-def check_memory(name: str, plan: Plan) -> None:
-    """Raise ValueError, with ways out, if a model does not fit before it is loaded."""
-    free = room(plan.mesh)
+def check_memory(name: str, config: ModelConfig, mesh: Mesh | None, **held: Any) -> None:
+    """Raise ValueError, with ways out, if a model does not fit, before it is loaded.
+
+    ``held``: dtype and weights, as for `unstack`.
+    """
+    plan = Plan(config, mesh=mesh, **held)
+    free = room(mesh)
     if free is not None:
         choices = Choices(cache=False)
         check_fits(name, [plan], free, choices, "or give memory_check=False in --model_args")
@@ -151,10 +156,6 @@ def generation_of(given: Mapping[str, Any], new_tokens: int = NEW_TOKENS, seed: 
     elif sample and not temperature:
         # Hugging Face's own default; the harness's tasks that sample name one.
         temperature = 1.0
-    if not temperature:
-        # They shape a distribution that is not drawn from.
-        for name in ("top_p", "top_k", "min_p", "typical_p"):
-            given.pop(name, None)
     for name, idle in IDLE.items():
         if name in given and (idle is None or given[name] == idle):
             del given[name]
@@ -179,7 +180,8 @@ def generation_of(given: Mapping[str, Any], new_tokens: int = NEW_TOKENS, seed: 
         "temperature": temperature,
         "stop_strings": (*given.get("stop_strings", ()), *stops),
     }
-    decode = DecodeConfig(**settings)
+    # As in transformers, settings that cannot act are left out, such as top_p without sampling.
+    decode = acting(DecodeConfig(**settings))
     validate_decode(decode)
     return Generation(decode, tuple(until))
 

@@ -28,7 +28,7 @@ class Finder:
                 execute(module)
                 cls.add(module)
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
     @staticmethod

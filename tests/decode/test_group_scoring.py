@@ -125,6 +125,15 @@ def test_int8_weights_score_as_their_rows_do(rotary):
     assert differences(found, expected(rotary.decoder, groups)) > 1e-3
 
 
+def test_a_single_group_scores_as_its_rows_do(rotary):
+    """Its block has fewer places than a part of the head, or not a multiple of it."""
+    for group in draw_groups(rotary):
+        found = flat(score_groups(rotary.decoder._replace(block_tokens=16), [group]))
+        many = [each for each in group[1] if each]
+        want = expected(rotary.decoder, [(group[0], many)])
+        assert differences([each for each in found if each.logprobs.size], want) < CLOSE
+
+
 def test_few_programs_serve_many_groups_and_little_is_padding(learned, monkeypatch):
     shapes = set()
     read = []
