@@ -45,7 +45,7 @@ with command.flag_group("Tasks of lm-evaluation-harness on local files"):
 
 _OF_TASKS = (TASK_DATA, INCLUDE_PATH, NUM_FEWSHOT, LIMIT, OUTPUT, LOG_ROWS, COMPARE)
 _OF_TEXT = (
-    *(score.INPUT, score.TEXT_KEY, score.ON_ERROR, score.ENCODING, score.STRIDE, score.ADAPT),
+    *(score.INPUT, score.TEXT_KEY, score.ENCODING, score.STRIDE, score.ADAPT),
     *(longtext.LONGTEXT, longtext.REFERENCES, longtext.SENTENCES, longtext.NEEDLE),
 )
 
@@ -113,7 +113,9 @@ def measure(held: dict[str, str]) -> None:
     from mtnlg_jax.evaluate.harness_tasks import compare, loading, report, run, stored
 
     # Rows and files are checked before the model is read.
-    tasks = loading.load_tasks(TASKS.value or [], TASK_DATA.value, INCLUDE_PATH.value, LIMIT.value)
+    tasks = loading.load_tasks(
+        TASKS.value or [], TASK_DATA.value, INCLUDE_PATH.value, LIMIT.value, score.ON_ERROR.value
+    )
     shots = _shots()
     other = None if COMPARE.value is None else stored.read_results(COMPARE.value)
     several = isinstance(shots, list)

@@ -51,6 +51,8 @@ def entry(
                 "higher_is_better": bool(task.higher_is_better().get(metric, True)),
             }
             found["per_row"][key] = [_plain(value) for value in values]
+    if task.left_out:
+        found["left_out"] = {"rows": len(task.left_out), "first": task.left_out[0]}
     if shots:
         found["fewshot_source"] = task.fewshot_source
         found["equal_examples"] = task.equal_examples([sample["doc"] for sample in one])
