@@ -27,7 +27,8 @@ ORDER = """
     data
     train
     decode
-    tasks evaluate interop planning
+    interop
+    tasks evaluate planning
     serve
     cli
 """

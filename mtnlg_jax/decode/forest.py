@@ -14,7 +14,8 @@ depth first:
 the keys j <= i < ends[j]: a causal mask in which keys expire.
 """
 
-# Shapes: B rows, S indices in a row, W places of the head, M labels of a place
+# Shapes: B rows, S indices in a row, P positions of a path, W places of the head, M labels of a
+# place
 
 import bisect
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +29,8 @@ LABELS = 4
 USUAL = 256
 # The smallest width.
 LEAST = 16
-# A tree may be twice as long as its first sequence, up to this length, so that a long beginning
-# serves many sequences.
+# A tree may be up to four times as long as its first sequence, up to this length, so that a long
+# beginning serves many sequences.
 MOST = 4096
 # A sequence joins a tree if it shares so many tokens, or one of so many of its own.
 SHARED = 16
@@ -82,12 +83,13 @@ def width_of(length: int, least: int = LEAST) -> int:
     return max(least, 1 << max(length - 1, 0).bit_length())
 
 
-def trees_of(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tree]:
+def trees_of(rows: Sequence[Sequence[int]], starts: Sequence[int], most: int = MOST) -> list[Tree]:
     """Return trees that hold each of ``rows`` once.
 
     Args:
       rows: token ids, at least two each.
       starts: the first token of each row to predict, 1 to its length - 1.
+      most: nodes of a tree, unless its first sequence has more.
     """
     ordered = sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
     trees = []
@@ -107,7 +109,7 @@ def trees_of(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tree]
         if not group:
             shared = []
             nodes = labels = common = 0
-            limit = max(USUAL, width_of(length), min(width_of(2 * length), MOST))
+            limit = max(USUAL, width_of(length), min(width_of(2 * length), most))
         group.append(i)
         shared.append(common)
         nodes += length - common

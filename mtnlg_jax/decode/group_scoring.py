@@ -5,8 +5,8 @@ for all of its continuations, and what several contexts or continuations begin w
 well. Logits are computed where a continuation is predicted, and nowhere else.
 """
 
-# Shapes: B rows, S indices in a row, D width, W places of the head, M labels of a place,
-# V vocabulary
+# Shapes: B rows, S indices in a row, I indices of all rows, D width, W places of the head,
+# C places of a part, M labels of a place, V vocabulary; in attention Q queries, T keys, N heads
 
 import collections
 import functools
@@ -20,15 +20,17 @@ from jax import lax
 
 from mtnlg_jax.decode.adapters import of_rows
 from mtnlg_jax.decode.cache import Decoder
-from mtnlg_jax.decode.forest import Block, blocks_of, trees_of
+from mtnlg_jax.decode.forest import MOST, Block, blocks_of, trees_of
 from mtnlg_jax.decode.forward import run_layers
 from mtnlg_jax.model.attention import attention
 from mtnlg_jax.parallel.auto import fetch, over_its_mesh, padded, padded_positions, whole
 
 # Places of the head whose logits exist at once.
 CHUNK = 128
-# Queries of a branching row whose scores exist at once.
+# Queries of a branching row whose scores exist at once, and the number of such parts of a row at
+# most, which are compiled one by one.
 QUERIES = 256
+PARTS = 16
 
 # A context and its continuations, as token ids.
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]
@@ -83,7 +85,7 @@ def score_groups(
         found.update(_read(block, *map(fetch, arrays)))
         on_scored(sum(len(owners[i]) for i in list(found)[before:]))
 
-    trees = trees_of(rows, starts)
+    trees = trees_of(rows, starts, min(MOST, decoder.block_tokens))
     padded_rows = functools.partial(padded, mesh=decoder.mesh)
     for block in blocks_of(trees, decoder.block_tokens, padded_rows, padded_positions):
         arrays = _score(
@@ -178,7 +180,7 @@ def _score(params, tokens_BS, positions_BS, ends_BS, at_W, labels_WM, chunks, *,
     x_BSD, head = run_layers(
         config, params, tokens_BS, positions_BS, attend, rows=(positions_BS, ends_BS)
     )
-    x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+    x_ID = x_BSD.reshape(-1, x_BSD.shape[-1])
     places = len(at_W)
     at_W = jnp.pad(at_W, (0, -places % CHUNK))
     labels_WM = jnp.pad(labels_WM, ((0, -places % CHUNK), (0, 0)))
@@ -188,7 +190,7 @@ def _score(params, tokens_BS, positions_BS, ends_BS, at_W, labels_WM, chunks, *,
         start = number * CHUNK
         at_C = lax.dynamic_slice_in_dim(at_W, start, CHUNK)
         labels_CM = lax.dynamic_slice_in_dim(labels_WM, start, CHUNK)
-        logits_CV = head.logits(x_TD[at_C])
+        logits_CV = head.logits(x_ID[at_C])
         picked_CM = jnp.take_along_axis(logits_CV, labels_CM, 1)
         total_C1 = jax.nn.logsumexp(logits_CV, -1, keepdims=True)
         best_C1 = jnp.argmax(logits_CV, -1, keepdims=True)
@@ -212,8 +214,9 @@ def _attend_tree(q, k, v, positions_BS, ends_BS, options: dict[str, Any]):
     slopes_N = options.pop("alibi_slopes", None)
     length = q.shape[1]
     parts = []
-    for start in range(0, length, QUERIES):
-        stop = min(start + QUERIES, length)
+    size = max(QUERIES, -(-length // PARTS))
+    for start in range(0, length, size):
+        stop = min(start + size, length)
         query_1Q1 = jnp.arange(start, stop)[None, :, None]
         key_11T = jnp.arange(stop)[None, None, :]
         seen_BQT = (key_11T <= query_1Q1) & (query_1Q1 < ends_BS[:, None, :stop])

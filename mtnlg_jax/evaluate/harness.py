@@ -23,6 +23,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
+from mtnlg_jax import compat
 from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.data.tokenizer.chat import Chat
 from mtnlg_jax.decode.cache import Decoder
@@ -57,6 +58,7 @@ class MtnlgLM(TemplateLM):
         Raises ValueError on an argument that does not exist or cannot be, before weights are read.
         """
         registry.register()
+        compat.configure_cache()
         loading = {name: given.pop(name) for name in _LOADING if given.get(name) is not None}
         _check(given)
         options.join_processes()
@@ -306,7 +308,8 @@ class MtnlgLM(TemplateLM):
                     [wanted[number].decode for number in part],
                 )
                 for number, result in zip(part, results, strict=True):
-                    text = options.cut_at(result.text, wanted[number].until)
+                    # Decoded as a text of their own: some tokenizers take off its first space.
+                    text = options.cut_at(self.tok.decode(result.tokens), wanted[number].until)
                     texts[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
                 bar.update(len(part))

@@ -189,3 +189,19 @@ def test_bad_groups_are_refused(learned, tokenizer):
         score_groups(decoder, [([1], [[999]])])
     assert score_groups(decoder, []) == []
     assert [each.logprobs.size for each in score_groups(decoder, [([1], [[]])])[0]] == [0]
+
+
+def test_long_rows_are_read_in_parts(windowed, biased, monkeypatch):
+    """Queries see keys of earlier parts, as distances of positions say."""
+    monkeypatch.setattr(group_scoring, "QUERIES", 16)
+    monkeypatch.setattr(group_scoring, "PARTS", 3)
+    for tiny in (windowed, biased):
+        # A mark of its own, so that the program is compiled again.
+        decoder = tiny.decoder._replace(block_tokens=128)
+        monkeypatch.setattr(
+            group_scoring,
+            "_score",
+            jax.jit(group_scoring._score.__wrapped__, static_argnames=("config", "branches")),
+        )
+        groups = draw_groups(tiny, 5)[:4]
+        assert differences(flat(score_groups(decoder, groups)), expected(decoder, groups)) < CLOSE

@@ -1,13 +1,14 @@
 """Ask the harness's own class `hf` about two tiny random models, for fixtures/harness.json.
 
-    PEER_PYTHON tests/evaluate/make_harness.py [--output=FILE]
+    PEER_PYTHON tests/evaluate/make_harness.py [--output=FILE] [--shared=FOLDER]
 
 needs torch, transformers and lm-eval. The models and requests below need none of them: the tests
-make the same ones.
+make the same ones. With --shared, also about real weights and rows of real tasks.
 """
 
 import argparse
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,15 @@ PROMPTS = [
     ("in the street", {"until": "a", "max_gen_toks": 20, "do_sample": False, "temperature": 0.7}),
     ("then he", {"until": [], "max_new_tokens": 6}),
 ]
+STORIES = "data/weights/stories260K_llama"
+ROWS = 12  # of each real task
+STORY_PROMPTS = [
+    ("Once upon a time, there was a", {"until": ["\n", "."], "max_gen_toks": 40}),
+    ("Lily and Ben went to the", {"until": ["."], "max_gen_toks": 40}),
+    ("One day, a girl named Lily", {"until": ["Q:"], "max_gen_toks": 100}),
+    ("The dog said,", {"until": [".", "!"], "max_gen_toks": 30}),
+]
+STORY_TEXTS = ["Once upon a time there was a dog.", "One day, Lily went to the park. " * 60]
 CONVERSATIONS = [
     ([{"role": "user", "content": "the cat?"}], True),
     ([{"role": "system", "content": "be a cat"}, {"role": "user", "content": " hi "}], True),
@@ -225,6 +235,29 @@ def answers(model, chat: bool) -> dict:
     return found
 
 
+def real_pairs(shared: Path) -> dict[str, list[tuple[str, str]]]:
+    """Return the requests of the first ROWS of each real task, as the benchmark makes them."""
+    benchmark = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/harness.py"))
+    found = {}
+    for case, name in benchmark["FILES"].items():
+        with open(shared / "data/eval" / name, encoding="utf-8") as file:
+            rows = [json.loads(line) for _, line in zip(range(ROWS), file, strict=False)]
+        found[case] = [pair for row in rows for pair in benchmark["pairs_of"](case, row)]
+    return found
+
+
+def real_answers(model, shared: Path) -> dict:
+    found: dict = {}
+    for case, pairs in real_pairs(shared).items():
+        scored = model.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
+        found[case] = [[value, bool(greedy)] for value, greedy in scored]
+    until = instances("generate_until", STORY_PROMPTS)
+    found["generate_until"] = model.generate_until(until, disable_tqdm=True)
+    rolling = instances("loglikelihood_rolling", [(text,) for text in STORY_TEXTS])
+    found["loglikelihood_rolling"] = model.loglikelihood_rolling(rolling, disable_tqdm=True)
+    return found
+
+
 def main() -> None:
     import tempfile
 
@@ -236,8 +269,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(__file__).parent / "fixtures" / "harness.json"
     parser.add_argument("--output", type=Path, default=default)
-    output = parser.parse_args().output
-    result = {
+    parser.add_argument("--shared", type=Path)
+    args = parser.parse_args()
+    result: dict = {
         "versions": {each.__name__: each.__version__ for each in (torch, transformers)}
         | {"lm_eval": lm_eval.__version__}
     }
@@ -246,7 +280,12 @@ def main() -> None:
             path = write_model(kind, Path(folder) / kind)
             model = HFLM(pretrained=str(path), device="cpu", dtype="float32", batch_size=4)
             result[kind] = answers(model, chat=kind == "llama")
-    output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    if args.shared:
+        model = HFLM(
+            pretrained=str(args.shared / STORIES), device="cpu", dtype="float32", batch_size=4
+        )
+        result["stories"] = real_answers(model, args.shared)
+    args.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

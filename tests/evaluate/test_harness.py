@@ -13,9 +13,14 @@ pytest.importorskip("lm_eval")
 
 import make_harness as made
 
+from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.data.tokenizer import train_tokenizer
 from mtnlg_jax.decode import group_scoring
+from mtnlg_jax.decode.cache import unstack
 from mtnlg_jax.evaluate import harness_options, lm_eval
 from mtnlg_jax.evaluate.harness import MtnlgLM
+from mtnlg_jax.evaluate.perplexity import evaluate_text
+from mtnlg_jax.model.transformer import init_parameters
 
 CLOSE = 1e-4
 KINDS = ("gpt2", "llama")
@@ -57,6 +62,20 @@ def test_every_answer_equals_that_of_hugging_face(kind, models, fixtures):
     assert_same(made.answers(models[kind], chat=kind == "llama"), fixtures[kind])
     # Otherwise flags would prove nothing. Some texts become other tokens than were written.
     assert {greedy for _, greedy in fixtures[kind]["written"]} == {True, False}
+
+
+def test_real_weights_and_tasks_answer_as_with_hugging_face(shared, fixtures):
+    found = made.real_answers(MtnlgLM(str(shared / made.STORIES)), shared)
+    want = fixtures["stories"]
+    assert found.keys() == want.keys()
+    assert found.pop("generate_until") == want["generate_until"]
+    rolling = found.pop("loglikelihood_rolling")
+    np.testing.assert_allclose(rolling, want["loglikelihood_rolling"], atol=CLOSE, rtol=2e-7)
+    for case, answers in found.items():
+        values, greedy = zip(*answers, strict=True)
+        expected, expected_greedy = zip(*want[case], strict=True)
+        np.testing.assert_allclose(values, expected, atol=CLOSE, err_msg=case)
+        assert greedy == expected_greedy, case
 
 
 def test_another_boundary_would_be_seen(models, fixtures, monkeypatch):
@@ -144,6 +163,27 @@ def test_settings_of_tasks_become_ours():
     assert (greedy.decode.temperature, greedy.decode.top_p) == (0.0, 1.0)
     assert greedy.decode.max_new_tokens == harness_options.NEW_TOKENS
     assert harness_options.generation_of({"temperature": 0.5}).decode.temperature == 0.5
+
+
+def test_whole_texts_score_as_by_perplexity():
+    """Where one window holds a text, with a tokenizer of this package."""
+    tokenizer = train_tokenizer(["the cat sat on a mat in the street\n", "then he ran\n"] * 9, 290)
+    config = ModelConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        vocab_size=tokenizer.vocab_size,
+        max_position_embeddings=64,
+    )
+    decoder = unstack(config, init_parameters(config, 0))
+    model = MtnlgLM.of(decoder, tokenizer, add_bos_token=False)
+    text = "the cat sat in the street"
+    (found,) = model.loglikelihood_rolling(made.instances("loglikelihood_rolling", [(text,)]))
+    want = evaluate_text(decoder, tokenizer, text)
+    assert found == pytest.approx(-want.loss * want.tokens, abs=1e-4)
+    assert model.tok_decode(model.tok_encode(text)) == text
+    with_bos = MtnlgLM.of(decoder, tokenizer)
+    assert with_bos.tok_encode(text) == [tokenizer.bos_id, *model.tok_encode(text)]
 
 
 def test_samples_of_one_context_differ(models):
