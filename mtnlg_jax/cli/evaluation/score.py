@@ -29,7 +29,10 @@ with command.flag_group("The run and the text"):
         "key or column of the text in JSON and Parquet; a|b: the first that exists",
     )
     ON_ERROR = flags.DEFINE_enum(
-        "on_error", "raise", ["raise", "skip"], "damaged documents: stop, or drop and count them"
+        "on_error",
+        "raise",
+        ["raise", "skip"],
+        "damaged documents, bad rows of tasks: stop, or drop and count them",
     )
     ENCODING = flags.DEFINE_string(
         "encoding", "", "encoding of text that is not UTF-8 and does not declare one: cp1252"

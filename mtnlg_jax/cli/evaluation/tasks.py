@@ -45,7 +45,7 @@ with command.flag_group("Tasks of lm-evaluation-harness on local files"):
 
 _OF_TASKS = (TASK_DATA, INCLUDE_PATH, NUM_FEWSHOT, LIMIT, OUTPUT, LOG_ROWS, COMPARE)
 _OF_TEXT = (
-    *(score.INPUT, score.TEXT_KEY, score.ON_ERROR, score.ENCODING, score.STRIDE, score.ADAPT),
+    *(score.INPUT, score.TEXT_KEY, score.ENCODING, score.STRIDE, score.ADAPT),
     *(longtext.LONGTEXT, longtext.REFERENCES, longtext.SENTENCES, longtext.NEEDLE),
 )
 
@@ -113,11 +113,18 @@ def measure(held: dict[str, str]) -> None:
     from mtnlg_jax.evaluate.harness_tasks import compare, loading, report, run, stored
 
     # Rows and files are checked before the model is read.
-    tasks = loading.load_tasks(TASKS.value or [], TASK_DATA.value, INCLUDE_PATH.value, LIMIT.value)
+    tasks = loading.load_tasks(
+        TASKS.value or [], TASK_DATA.value, INCLUDE_PATH.value, LIMIT.value, score.ON_ERROR.value
+    )
     shots = _shots()
-    for count in shots if isinstance(shots, list) else [shots]:
-        run.check_shots(tasks, count)
     other = None if COMPARE.value is None else stored.read_results(COMPARE.value)
+    several = isinstance(shots, list)
+    asked = {}
+    for count in shots if isinstance(shots, list) else [shots]:
+        for name, number in run.check_shots(tasks, count).items():
+            asked[f"{name}@{count}" if several else name] = number
+    if other is not None:
+        compare.check(asked, other)
     compat.configure_cache()
 
     from mtnlg_jax.decode.load import load_decoder
@@ -133,7 +140,8 @@ def measure(held: dict[str, str]) -> None:
     own = OUTPUT.value is None and devices.on_first_process()
     before = stored.earlier(*_place(loaded.step)) if own else {}
     results = _scored(tasks, decoder, loaded, shots)
-    results["held"] = held
+    for task in results["tasks"].values():
+        task["held"] = held
     log = report.log_lines(results["tasks"])
     differences = None if other is None else compare.compare(results, other)
     if differences is not None:

@@ -18,7 +18,7 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any]
     """
     found = []
     for name, task in ours["tasks"].items():
-        other = theirs["tasks"].get(name)
+        other = _same_task(name, task["num_fewshot"], theirs["tasks"])
         if other is None:
             continue
         pairs, here, there = _pair(task["per_row"]["docs"], other["per_row"]["docs"])
@@ -45,12 +45,24 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any]
                     "same_prompts": task["prompt_hash"] == other["prompt_hash"],
                 }
             )
-    if not found:
-        raise ValueError(
-            f"--compare has none of the tasks {', '.join(ours['tasks'])}; it has "
-            f"{', '.join(theirs['tasks'])}"
-        )
     return found
+
+
+def check(shots: dict[str, int], theirs: dict[str, Any]) -> None:
+    """Raise ValueError if a results file has none of the tasks, {name: number of examples}."""
+    if not any(_same_task(name, count, theirs["tasks"]) for name, count in shots.items()):
+        asked = ", ".join(f"{name} with {count} examples" for name, count in shots.items())
+        have = (f"{name} with {task['num_fewshot']}" for name, task in theirs["tasks"].items())
+        raise ValueError(f"--compare has none of the tasks {asked}; it has {', '.join(have)}")
+
+
+def _same_task(name: str, count: int, tasks: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the results of the same task and number of examples: NAME is NAME@0 of one number."""
+    for other, task in tasks.items():
+        same = other.partition("@")[0] == name.partition("@")[0]
+        if same and task["num_fewshot"] == count:
+            return task
+    return None
 
 
 def _pair(ours: list[str], theirs: list[str]) -> tuple[list[tuple[int, int]], int, int]:

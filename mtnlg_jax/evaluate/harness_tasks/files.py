@@ -40,6 +40,10 @@ class Rows(NamedTuple):
     places: list[str]
 
 
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 def _runs(component: str) -> set[str]:
     """Return the words of a name, and what neighbors spell together: arc_easy has arceasy."""
     words = re.findall(r"[a-z0-9]+", component.lower())
@@ -95,9 +99,11 @@ def find(folder: str, name: str, evaluated: str, form: str | None = None) -> dic
         return {evaluated: [root]}
     if not root.is_dir():
         raise FileNotFoundError(storage.missing(folder))
-    plain = re.sub(r"[^a-z0-9]", "", name.lower())
     key = name if name in ALIASES else form or name
-    aliases = [(plain,), *ALIASES.get(key, ((re.sub(r"[^a-z0-9]", "", key.lower()),),))]
+    aliases = ALIASES.get(key, ((_plain(key),),))
+    if key != name:
+        # A file of the task's own name counts before those of the task whose rows it shares.
+        aliases = ((_plain(name),), *aliases)
     found: dict[str | None, list[tuple[int, Path]]] = {}
     for path in _listed(root):
         fit = _fit(path, root, aliases)

@@ -350,14 +350,16 @@ STOCK = {
 }
 
 
-def shape(form: str | None, rows: Rows, task: str) -> Rows:
+def shape(form: str | None, rows: Rows, task: str, left_out: list[str] | None = None) -> Rows:
     """Return rows with the fields that the prompts of ``task`` name; as they are without a form.
 
-    Raise ValueError with file, row and field.
+    Raise ValueError with file, row and field; where ``left_out`` is a list, add the message to it
+    and leave the row out.
     """
     if form is None:
         return rows
     made = []
+    places = []
     labels = _label_file(rows) if form == "piqa" else {}
     for number, (row, place) in enumerate(zip(*rows, strict=True)):
         if number in labels:
@@ -365,12 +367,15 @@ def shape(form: str | None, rows: Rows, task: str) -> Rows:
         try:
             made.append(FORMS[form](row))
         except BadField as error:
-            raise ValueError(
-                f"{place}: the task {task} needs the field {error.name!r}, which {error}"
-            ) from None
-    if form == "race":
-        return _articles(made, rows.places)
-    return Rows(made, rows.places)
+            told = f"{place}: the task {task} needs the field {error.name!r}, which {error}"
+            if left_out is None:
+                raise ValueError(told) from None
+            left_out.append(told)
+            continue
+        places.append(place)
+    if not made and left_out:
+        raise ValueError(f"no row of the task {task} can be used; the first: {left_out[0]}")
+    return _articles(made, places) if form == "race" else Rows(made, places)
 
 
 def _label_file(rows: Rows) -> dict[int, str]:

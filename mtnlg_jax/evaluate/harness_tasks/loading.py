@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtnlg_jax.evaluate.harness_tasks import layouts, offline
+from mtnlg_jax.evaluate.harness_tasks.checking import check_rows
 
 if TYPE_CHECKING:
     from mtnlg_jax.evaluate.harness_tasks.task import LocalTask
@@ -26,12 +27,14 @@ def load_tasks(
     task_data: str | None = None,
     include_path: str | None = None,
     limit: int | None = None,
+    on_error: str = "raise",
 ) -> "dict[str, LocalTask]":
     """Return {name: task} with checked rows, in the order of ``names``.
 
     A name is that of a file in this folder, of a task, tag or group of the harness, or of a YAML
     file below ``include_path``, which comes first. ``task_data``: the folder of rows. ``limit``:
-    rows that are checked, and later scored. Raise ValueError or OSError before any work for unknown
+    rows that are checked, and later scored. ``on_error``: "raise", or "skip" to leave bad rows out,
+    which are counted. Raise ValueError or OSError before any work for unknown
     names and bad rows.
     """
     offline.enter()
@@ -45,7 +48,9 @@ def load_tasks(
     tasks: dict[str, LocalTask] = {}
     for name, config in configs.items():
         metadata = config.get("metadata") or {}
-        config["metadata"] = metadata | ({} if task_data is None else {"task_data": task_data})
+        config["metadata"] = metadata | {"on_error": on_error}
+        if task_data is not None:
+            config["metadata"]["task_data"] = task_data
         form = metadata.get("rows") or layouts.STOCK.get(name)
         if form is None and config.get("from_harness") and name in own_names():
             form = name
@@ -58,7 +63,7 @@ def load_tasks(
             config["metadata"]["rows"] = form
         config.pop("from_harness", None)
         tasks[name] = LocalTask(config=config)
-        tasks[name].check(limit)
+        check_rows(tasks[name], limit)
     return tasks
 
 

@@ -72,10 +72,12 @@ def _lines(name: str, fields: str, table: dict[int, dict[str, Any]]) -> Any:
     figure, axes = _figure(7, 4)
     shots = list(table)
     parts = sorted({part for found in table.values() for part in found}, key=_by_last)
-    for part, style in zip(parts, LINES, strict=False):
+    for number, (part, style) in enumerate(zip(parts, LINES, strict=False)):
+        # Apart by a little, or equal accuracies would hide each other.
+        places = [place + 0.015 * (number - len(parts) / 2) for place in range(len(shots))]
         values = [table[count][part]["value"] for count in shots]
         errors = [table[count][part]["stderr"] or 0.0 for count in shots]
-        axes.errorbar(range(len(shots)), values, errors, fmt=style, capsize=3, label=part)
+        axes.errorbar(places, values, errors, fmt=style, capsize=3, label=part)
     axes.set_xticks(range(len(shots)), shots)
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("examples in the prompt")
@@ -104,7 +106,9 @@ def _cells(name: str, fields: str, table: dict[int, dict[str, Any]]) -> Any:
     axes.set_yticks(range(len(parts)), parts, fontsize="small")
     for row, line in enumerate(values):
         for column, value in enumerate(line):
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize="small")
+            color = "white" if value < 0.15 or value > 0.85 else "black"
+            text = f"{value:.2f}"
+            axes.text(column, row, text, color=color, ha="center", va="center", fontsize="small")
     axes.set_xlabel("examples in the prompt")
     axes.set_title(f"{name}: accuracy by {fields}")
     figure.colorbar(image, ax=axes)

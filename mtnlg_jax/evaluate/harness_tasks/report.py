@@ -71,6 +71,9 @@ def _notes(name: str, task: dict[str, Any]) -> list[str]:
         notes.append(f"{name}, accuracy by {fields}: {', '.join(shown)}")
     if "warning" in task:
         notes.append(f"{name}: warning: {task['warning']}")
+    if "left_out" in task:
+        left = task["left_out"]
+        notes.append(f"{name}: {left['rows']} row(s) left out; the first: {left['first']}")
     if task.get("equal_examples"):
         notes.append(
             f"{name}: {task['equal_examples']} row(s) have an equal row among those that examples "

@@ -51,6 +51,8 @@ def entry(
                 "higher_is_better": bool(task.higher_is_better().get(metric, True)),
             }
             found["per_row"][key] = [_plain(value) for value in values]
+    if task.left_out:
+        found["left_out"] = {"rows": len(task.left_out), "first": task.left_out[0]}
     if shots:
         found["fewshot_source"] = task.fewshot_source
         found["equal_examples"] = task.equal_examples([sample["doc"] for sample in one])
@@ -128,7 +130,8 @@ def _bootstrap(aggregate: Any, values: Sequence[Any], count: int) -> float:
 def bootstrap_perplexity(values: Sequence[float], count: int) -> float:
     """Return the standard error of exp(-mean) from the harness's own resamples.
 
-    Its seeds and its draws (`random.choices`), by NumPy: about 15 times as fast.
+    Its seeds and its draws (`random.choices`), by NumPy, in a fifth of the time: 4.5 s of one
+    core for the 5,153 rows of LAMBADA and 100,000 resamples.
     """
     array = np.asarray(values, np.float64)
     size = len(array)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtnlg_jax import __version__
 from mtnlg_jax.evaluate.harness_tasks import results
+from mtnlg_jax.evaluate.harness_tasks.checking import check_lengths
 from mtnlg_jax.evaluate.harness_tasks.loading import load_tasks
 
 if TYPE_CHECKING:
@@ -34,17 +35,18 @@ def run_tasks(
     include_path: str | None = None,
     step: int | None = None,
     bootstraps: int = BOOTSTRAPS,
+    on_error: str = "raise",
 ) -> dict[str, Any]:
     """Return the results of tasks as one JSON object.
 
-    ``lm`` is an `lm_eval.api.model.LM`. ``names``, ``task_data``, ``include_path`` and ``limit``
-    are those of `load_tasks`. ``num_fewshot``: examples before each question, or several numbers,
-    whose results then stand at "NAME@NUMBER"; None for what each task asks for. ``seed`` draws the
-    examples. ``log_rows`` adds ``log`` to each task, one record a row. ``bootstraps``: resamples
-    for standard errors without a closed form, 0 for none. Raise ValueError before any work for bad
-    input.
+    ``lm`` is an `lm_eval.api.model.LM`. ``names``, ``task_data``, ``include_path``, ``limit`` and
+    ``on_error`` are those of `load_tasks`. ``num_fewshot``: examples before each question, or
+    several numbers, whose results then stand at "NAME@NUMBER"; None for what each task asks for.
+    ``seed`` draws the examples. ``log_rows`` adds ``log`` to each task, one record a row.
+    ``bootstraps``: resamples for standard errors without a closed form, 0 for none. Raise
+    ValueError before any row is scored for bad input.
     """
-    tasks = load_tasks(names, task_data, include_path, limit)
+    tasks = load_tasks(names, task_data, include_path, limit, on_error)
     return stamp(step) | {
         "tasks": evaluate_tasks(
             lm,
@@ -80,6 +82,7 @@ def evaluate_tasks(
             task.set_config("num_fewshot", shots[count][name])
             task.set_fewshot_seed(seed)
             task.model = lm if hasattr(lm, "tok_encode") and hasattr(lm, "max_length") else None
+            check_lengths(task, limit)
         # Standard errors are ours, below: the harness starts processes for them and prints.
         scored = evaluate(
             lm=_Quiet(lm),

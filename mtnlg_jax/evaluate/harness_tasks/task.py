@@ -4,7 +4,7 @@ import functools
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lm_eval import utils
 from lm_eval.api.task import ConfigurableTask
 
 from mtnlg_jax.evaluate.harness_tasks import files, layouts
+from mtnlg_jax.evaluate.harness_tasks.checking import check_rows, count_cut
 from mtnlg_jax.evaluate.harness_tasks.fewshot import Distinct
 from mtnlg_jax.evaluate.harness_tasks.files import Rows
 
@@ -56,6 +57,11 @@ class LocalTask(ConfigurableTask):
     ) -> None:
         given = {key: value for key, value in (config or {}).items() if key != "class"}
         self.rows: dict[str, Rows] = {}
+        # Messages of rows that are left out, by metadata["on_error"] = "skip"; None: they raise.
+        skip = (given.get("metadata") or {}).get("on_error") == "skip"
+        self.left_out: list[str] | None = [] if skip else None
+        self.kept: list[int] | None = None
+        self._docs: dict[str, Any] = {}
         self.model: Any = None  # whose context the requests must fit
         self.cut = 0
         self._where: str | None = None
@@ -66,7 +72,7 @@ class LocalTask(ConfigurableTask):
             # The base class tries the first row out.
             if hasattr(self, "multiple_target"):
                 self.places = self.rows[self.evaluated].places or None
-                self.check(1)
+                check_rows(self, 1)
             raise ValueError(f"the task {given.get('task')} cannot be made: {error!r}") from None
         # A function of the task may have left rows out; then their numbers are unknown.
         rows = self.rows[self.evaluated]
@@ -112,7 +118,8 @@ class LocalTask(ConfigurableTask):
         form = metadata.get("rows")
         task = str(self.config.task)
         self.rows = {
-            split: layouts.shape(form, files.read(paths), task) for split, paths in found.items()
+            split: layouts.shape(form, files.read(paths), task, self.left_out)
+            for split, paths in found.items()
         }
         self.dataset = {split: self._dataset(rows) for split, rows in self.rows.items()}
 
@@ -173,13 +180,15 @@ class LocalTask(ConfigurableTask):
     def _split(self, name: str | None) -> Any:
         """Return the documents of a split. Raise ValueError with row and field if they cannot be
         made."""
-        part = self.dataset[str(name)]
+        name = str(name)
         if self.config.process_docs is None:
-            return part
+            return self.dataset[name]
         try:
-            return self.config.process_docs(part)
+            if name not in self._docs:
+                self._docs[name] = self.config.process_docs(self.dataset[name])
+            return self._docs[name]
         except FAILURES as error:
-            rows = self.rows[str(name)]
+            rows = self.rows[name]
             missing = _field(error)
             number = next((n for n, row in enumerate(rows.rows) if row.get(missing) is None), 0)
             place = rows.places[number] if rows.places else f"{self.config.task} row {number + 1}"
@@ -217,49 +226,49 @@ class LocalTask(ConfigurableTask):
                 place = rows.places[0]
             raise ValueError(_missing(place, str(self.config.task), error, doc)) from None
 
-    def check(self, limit: int | None = None) -> None:
-        """Form every document that is scored, and raise ValueError on the first one that is bad.
+    @property
+    def eval_docs(self) -> Any:
+        """The documents that are scored, without those that are left out."""
+        docs = super().eval_docs
+        return docs if self.kept is None else docs.select(self.kept)
 
-        Bad are missing fields, labels out of range, and empty choices or continuations.
+    def _leave_out(self, numbers: list[int], messages: list[str]) -> None:
+        """Drop documents by their numbers among those that are scored."""
+        if not numbers:
+            return
+        gone = set(numbers)
+        count = len(self.eval_docs)
+        kept = self.kept or list(range(count))
+        self.kept = [kept[number] for number in range(count) if number not in gone]
+        if not self.kept:
+            raise ValueError(
+                f"no row of the task {self.config.task} can be used; the first: {messages[0]}"
+            )
+        if self.places is not None:
+            self.places = [each for n, each in enumerate(self.places) if n not in gone]
+        assert self.left_out is not None
+        self.left_out += messages
+
+    def each(self, limit: int | None, examine: Callable[[int, dict[str, Any], str], None]) -> None:
+        """Call ``examine`` (number, document, place) on documents, and raise its ValueError.
+
+        Where rows are left out, all are examined, and those that raise are left out.
         """
-        raw = self.rows[self.evaluated].rows
         docs = self.eval_docs
-        for number in range(min(len(docs), limit or len(docs))):
-            doc = docs[number]
-            if self.places is not None:
-                # A data set fills fields that a row lacks with None, which a template would print.
-                lacked = [name for name in doc if doc[name] is None and name not in raw[number]]
-                doc = {name: value for name, value in doc.items() if name not in lacked}
+        numbers = []
+        messages = []
+        most = len(docs) if limit is None or self.left_out is not None else min(limit, len(docs))
+        for number in range(most):
             self._where = self.place(number)
-            self._check_document(doc, self._where)
+            try:
+                examine(number, docs[number], self._where)
+            except ValueError as error:
+                if self.left_out is None:
+                    raise
+                numbers.append(number)
+                messages.append(str(error))
         self._where = None
-
-    def _check_document(self, doc: dict[str, Any], place: str) -> None:
-        text = self.doc_to_text(doc)
-        target = self.doc_to_target(doc)
-        name = self.config.task
-        if self.OUTPUT_TYPE == "multiple_choice":
-            choices = self.doc_to_choice(doc)
-            if not choices:
-                raise ValueError(f"{place}: the task {name} has no choices")
-            for number, choice in enumerate(choices, 1):
-                if not isinstance(choice, str) or not choice.strip():
-                    raise ValueError(f"{place}: choice {number} of the task {name} is empty")
-            gold = text if self.multiple_input else target
-            for label in gold if isinstance(gold, list) else [gold]:
-                if isinstance(label, int):
-                    inside = 0 <= label < len(choices)
-                else:
-                    inside = label in choices
-                if not inside:
-                    raise ValueError(
-                        f"{place}: the label {label!r} of the task {name} is outside of its "
-                        f"{len(choices)} choices, 0 to {len(choices) - 1}"
-                    )
-            if self.multiple_input and not str(target).strip():
-                raise ValueError(f"{place}: the continuation of the task {name} is empty")
-        elif self.OUTPUT_TYPE != "generate_until" and not str(target).strip():
-            raise ValueError(f"{place}: the continuation of the task {name} is empty")
+        self._leave_out(numbers, messages)
 
     # Few-shot examples.
 
@@ -306,7 +315,7 @@ class LocalTask(ConfigurableTask):
         world_size: int = 1,
         **how: Any,
     ) -> None:
-        """Form the requests as the harness does, without its bar, and check their lengths.
+        """Form the requests as the harness does, without its bar.
 
         ``how``: the arguments of the harness about chat templates; it caches no requests.
         """
@@ -337,40 +346,7 @@ class LocalTask(ConfigurableTask):
             instances += made if isinstance(made, list) else [made]
         self._where = None
         self._instances = instances
-        self.cut = self._check_lengths() if self.model is not None else 0
-
-    def _check_lengths(self) -> int:
-        """Return how many questions lose a part of their prompt on the left.
-
-        Raise ValueError for a continuation that is longer than the context of ``model``.
-        """
-        room = self.model.max_length
-        known: dict[str, int] = {}
-
-        def tokens(text: str) -> int:
-            if text not in known:
-                known[text] = len(self.model.tok_encode(text))
-            return known[text]
-
-        cut = set()
-        for instance in self._instances or []:
-            if instance.request_type != "loglikelihood":
-                continue
-            context, continuation = instance.args
-            # No tokenizer makes more tokens of a text than it has bytes, and one in front.
-            if len(context.encode()) + len(continuation.encode()) < room:
-                continue
-            length = tokens(continuation)
-            if length > room:
-                raise ValueError(
-                    f"{self.place(instance.doc_id)}: choice {instance.idx + 1} of the task "
-                    f"{self.config.task} has {length} tokens, more than the model's context of "
-                    f"{room}; leave the row out, or take a model with a longer context"
-                )
-            # The harness keeps the last max_length + 1 tokens, of which the last is not read.
-            if tokens(context) + length > room + 1:
-                cut.add(instance.doc_id)
-        return len(cut)
+        self.cut = count_cut(self) if self.model is not None else 0
 
     def fewshot_context(self, doc: Any, num_fewshot: int, **kwargs: Any) -> Any:
         self.sampler.asked = doc

@@ -112,8 +112,8 @@ doc_to_target: {target}
         ({"question": "q", "answer": " "}, "loglikelihood", "answer", "", "continuation .* empty"),
         ({"question": "q", "label": 2}, "multiple_choice", "label", 'doc_to_choice: ["a", "b"]',
          "label 2 of the task mine is outside of its 2 choices, 0 to 1"),
-        ({"question": "q", "label": 0}, "multiple_choice", "label", 'doc_to_choice: ["a", ""]',
-         "choice 2 of the task mine is empty"),
+        ({"question": "q", "label": 0, "other": " "}, "multiple_choice", "label",
+         "doc_to_choice: '{{[\"a\", other]}}'", "choice 2 of the task mine is empty"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("number", [1, 2])
@@ -121,10 +121,8 @@ def test_bad_rows_of_a_task_of_the_user(
     known, tmp_path, row, kind, target, choices, message, number
 ):
     """The field may be absent from one row alone, which a data set would fill."""
-    good = {"question": "q", "answer": "b", "label": 1}
+    good = {"question": "q", "answer": "b", "label": 1, "other": "c"}
     rows = [row] if number == 1 else [good, row]
-    if number == 2 and "empty" in message and choices:
-        pytest.skip("every row has the empty choice")
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(each) + "\n" for each in rows))
     text = GENERAL.format(file=file, kind=kind, target=target, choices=choices)
@@ -143,3 +141,37 @@ def test_fields_of_two_types(known, rows_of, tmp_path):
     )
     with pytest.raises(ValueError, match=r"row 2: the field 'question' is 3, and a str in"):
         run.run_tasks(known(lambda *_: 0.0), ["mine"], include_path=str(tmp_path))
+
+
+def test_bad_rows_are_left_out_on_request(known, rows_of):
+    rows = [
+        PIQA,
+        PIQA | {"sol2": ""},
+        PIQA | {"goal": "To dry hands", "label": 1},
+        PIQA | {"sol2": "boil it again and again and again"},
+        PIQA | {"goal": "To walk"},
+    ]
+    folder = rows_of("piqa.jsonl", rows)
+    model = known(lambda _, continuation: -float(len(continuation)), words=6)
+    found = run.run_tasks(model, ["piqa"], task_data=folder, on_error="skip", log_rows=True)
+    task = found["tasks"]["piqa"]
+    assert (task["rows"], task["per_row"]["acc"]) == (3, [1, 0, 1])
+    assert [record["place"][-5:] for record in task["log"]] == ["row 1", "row 3", "row 5"]
+    assert task["left_out"]["rows"] == 2 and "'sol2', which is ''" in task["left_out"]["first"]
+    limited = run.run_tasks(model, ["piqa"], task_data=folder, on_error="skip", limit=2)
+    assert limited["tasks"]["piqa"]["per_row"]["acc"] == [1, 0], "two rows that can be used"
+    folder = rows_of("piqa.jsonl", [rows[1]])
+    with pytest.raises(ValueError, match=r"no row of the task piqa can be used; the first: .*sol2"):
+        run.run_tasks(model, ["piqa"], task_data=folder, on_error="skip")
+
+
+def test_bad_rows_of_a_task_of_the_user_are_left_out(known, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"question": "a", "answer": "b"}, {"question": "c"}, {"question": "d", "answer": "e"}]
+    file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    text = GENERAL.format(file=file, kind="loglikelihood", target="answer", choices="")
+    (tmp_path / "mine.yaml").write_text(text)
+    model = known(lambda *_: (-1.0, True))
+    found = run.run_tasks(model, ["mine"], include_path=str(tmp_path), on_error="skip")
+    assert [context for context, _ in model.seen] == ["a", "d"]
+    assert found["tasks"]["mine"]["left_out"]["first"].startswith(f"{file} row 2: ")

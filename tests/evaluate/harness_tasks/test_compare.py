@@ -11,6 +11,7 @@ from mtnlg_jax.evaluate.harness_tasks import compare, report, stored
 def _results(docs, prompt="p", **values):
     metrics = {name: {"value": sum(row) / len(row), "stderr": None} for name, row in values.items()}
     task = {"per_row": {"docs": docs} | values, "metrics": metrics, "prompt_hash": prompt}
+    task["num_fewshot"] = 0
     return {"kind": "tasks", "tasks": {"t": task}}
 
 
@@ -51,9 +52,21 @@ def test_rows_that_differ_are_told_and_pair_by_content():
     assert "the rows differ: 3 are in both, 2 only here, 1 only" in report.describe_differences(
         [found], "x"
     )
-    theirs["tasks"] = {"other": theirs["tasks"]["t"]}
-    with pytest.raises(ValueError, match="has none of the tasks t; it has other"):
-        compare.compare(ours, theirs)
+
+
+def test_tasks_pair_by_name_and_number_of_examples():
+    ours = _results(["a"], acc=[1])
+    theirs = _results(["a"], acc=[0])
+    theirs["tasks"] = {
+        "t@4": theirs["tasks"]["t"] | {"num_fewshot": 4},
+        "t@0": theirs["tasks"]["t"],
+    }
+    (found,) = compare.compare(ours, theirs)
+    assert found["difference"] == 1.0
+    compare.check({"t": 0}, theirs)
+    compare.check({"t@4": 4, "other": 0}, theirs)
+    with pytest.raises(ValueError, match="none of the tasks t with 1 examples; it has t@4 with 4"):
+        compare.check({"t": 1}, theirs)
 
 
 def test_a_metric_of_all_rows_together_has_no_test():
