@@ -85,7 +85,6 @@ def train(
         evaluate = Evaluator(config, mesh, data)
         score_tasks = TaskScores(config, score, log, watchdog)
         vote = processes.PreemptionVote()
-        due = functools.partial(is_due, config.train)
         best = checkpoints.best_metric()  # of earlier starts as well
         save_state = functools.partial(_save, checkpoints, ledger, workdir)
         save = None  # saves the newest state again, if the last save failed
@@ -104,11 +103,13 @@ def train(
             reporter.pending = (step, metrics, int(sequences))  # fetched one step later
             done = step + 1
             stopping = vote(stop.is_set())  # the same answer in every process
-            if processes.several() and due(config.train.compare_every, done):
+            if processes.several() and is_due(config.train, config.train.compare_every, done):
                 processes.check_same_run(config, data.fingerprints, _programs(steps), state, done)
-            evaluating = due(config.train.eval_every, done)
+            evaluating = is_due(config.train, config.train.eval_every, done)
             scoring = score_tasks.is_due(done) and not stopping  # a signal leaves seconds
-            saving = stopping or saver.is_due() or due(config.train.save_every, done)
+            saving = (
+                stopping or saver.is_due() or is_due(config.train, config.train.save_every, done)
+            )
             if evaluating or saving or scoring:
                 reporter.report()  # this step, whose loss decides whether the state is healthy
                 if scoring:
