@@ -73,8 +73,7 @@ def train(
         teachers = init_from.load_teachers(config, mesh)
         identity = identity_of_data(config, data) | init_from.identity_of(config, teachers)
         config, first, state, ledger, restored = _begin(config, mesh, checkpoints, identity, data)
-        # Data order, the batch ramp and the learning rate follow the samples, not the steps.
-        samples = int(state.samples)
+        samples = int(state.samples)  # data order, batch ramp and learning rate follow them
         total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
         _describe_start(config, mesh, data, workdir, first, samples, restored, ledger, announce)
         log = resources.enter_context(closing(MetricsLog(workdir, first, processes.is_first())))
@@ -85,6 +84,7 @@ def train(
         evaluate = Evaluator(config, mesh, data)
         score_tasks = TaskScores(config, score, log, watchdog)
         vote = processes.PreemptionVote()
+        due = functools.partial(is_due, config.train)
         best = checkpoints.best_metric()  # of earlier starts as well
         save_state = functools.partial(_save, checkpoints, ledger, workdir)
         save = None  # saves the newest state again, if the last save failed
@@ -103,13 +103,11 @@ def train(
             reporter.pending = (step, metrics, int(sequences))  # fetched one step later
             done = step + 1
             stopping = vote(stop.is_set())  # the same answer in every process
-            if processes.several() and is_due(config.train, config.train.compare_every, done):
+            if processes.several() and due(config.train.compare_every, done):
                 processes.check_same_run(config, data.fingerprints, _programs(steps), state, done)
-            evaluating = is_due(config.train, config.train.eval_every, done)
+            evaluating = due(config.train.eval_every, done)
             scoring = score_tasks.is_due(done) and not stopping  # a signal leaves seconds
-            saving = (
-                stopping or saver.is_due() or is_due(config.train, config.train.save_every, done)
-            )
+            saving = stopping or saver.is_due() or due(config.train.save_every, done)
             if evaluating or saving or scoring:
                 reporter.report()  # this step, whose loss decides whether the state is healthy
                 if scoring:
