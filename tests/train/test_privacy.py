@@ -25,7 +25,7 @@ from mtnlg_jax.config import (
 )
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.parallel.mesh import make_mesh
-from mtnlg_jax.train import inputs, loop, privacy
+from mtnlg_jax.train import adapt, inputs, loop, privacy
 from mtnlg_jax.train.checkpoint import load_run
 from mtnlg_jax.train.metrics import read_metrics
 from mtnlg_jax.train.privacy import Ledger, Part
@@ -147,6 +147,18 @@ def test_a_run_reaches_its_target_and_reports_what_it_spent(whole):
     part = (6, report["sampling_probability"], report["noise_multiplier"])
     assert report["epsilon"] == by_hand([part], 1e-4, pld.PLDAccountant())
     assert "epsilon 3 at delta 0.0001 after 6 steps" in said[0] and "dp_secret" in said[0]
+
+
+def test_an_adapter_records_what_its_run_spent(whole, tmp_path):
+    # launch/adapt.py removes the run's folder.
+    report = report_of(whole[0])
+    assert adapt._spent(str(whole[0])) == {
+        "privacy_epsilon": report["epsilon"],
+        "privacy_delta": report["delta"],
+        "privacy_unit": "example",
+        "privacy_units": report["units"],
+    }
+    assert adapt._spent(str(tmp_path)) == {}
 
 
 def test_its_log_marks_what_is_not_private(whole):
