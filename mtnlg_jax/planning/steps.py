@@ -49,12 +49,14 @@ def is_causal(config: Config) -> bool:
 def _train(config: Config, mesh: Mesh):
     whole = jax.ShapeDtypeStruct((), jnp.int32)
     step: Any = make_train_step(config, mesh, is_causal(config))
+    noise = [jax.ShapeDtypeStruct((2,), jnp.uint32)] if config.optimizer.private else []
     return step.lower(
         abstract_state(config, mesh),
         abstract_batch(config, mesh),
         whole,
         whole,
         jax.ShapeDtypeStruct((), jnp.float32),
+        *noise,
     )
 
 

@@ -144,6 +144,13 @@ def kept_init(meta: dict, config: Config) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, init=before))
 
 
+def deciding(config: Config) -> dict[str, Any]:
+    """Return the settings that decide the steps of a run, without paths and what is free."""
+    paths = {"data.path", "data.tokenizer", "optimizer.dp_secret"}
+    keys = (IDENTITY | REFUSED | REPORTED) - paths
+    return {key: x for key, x in _values(json.loads(to_json(config))).items() if key in keys}
+
+
 def refuse_changes(meta: dict, step: int, alone: bool, config: Config) -> None:
     """Raise ValueError where a run cannot resume from the checkpoint of ``step`` with ``config``.
 

@@ -226,6 +226,8 @@ def _compiled_steps(
     watchdog: Watchdog,
 ) -> dict[tuple[int, bool], CompiledStep]:
     """Return {(kind, masked): step}, where kind is -1 or the number of a stage with a teacher."""
+    # An argument and not a constant, which the cache of compiled programs would keep on disk.
+    noise = (privacy.noise_key(config, data.fingerprints),) if config.optimizer.private else ()
     steps = {}
     for kind, options in init_from.kinds_of_steps(teachers):
         # The attention mask is static, so a masked step is another program. It costs nothing if no
@@ -239,7 +241,7 @@ def _compiled_steps(
                 sparse=data.has_answers,
                 **options,
             )
-            steps[kind, masked] = CompiledStep(step, watchdog)
+            steps[kind, masked] = CompiledStep(step, watchdog, noise)
     return steps
 
 

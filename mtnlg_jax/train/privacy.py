@@ -17,12 +17,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from absl import logging
 
 from mtnlg_jax.config import Config, override
 from mtnlg_jax.data.poisson import OVERFLOW, PoissonSampler
 from mtnlg_jax.storage import write_file
-from mtnlg_jax.train import describe
+from mtnlg_jax.train import changes, describe
 from mtnlg_jax.train.metrics import environment
 from mtnlg_jax.train.schedule import batch_size_at, stage_at
 
@@ -69,6 +70,16 @@ def secret_of(config: Config, purpose: str) -> bytes:
                 f"guessed; make it with: head -c 32 /dev/urandom > {path}"
             )
     return hashlib.sha256(f"mtnlg_jax {purpose} ".encode() + secret).digest()
+
+
+def noise_key(config: Config, fingerprints: dict[str, str]) -> np.ndarray:
+    """Return the key of the noise, uint32 (2,), which is as much as JAX's generator takes.
+
+    It follows the secret, the settings that decide the gradients, and the ``fingerprints`` of the
+    data: if two runs had the same noise and other gradients, their difference would be without any.
+    """
+    run = json.dumps([changes.deciding(config), fingerprints], sort_keys=True)
+    return np.frombuffer(secret_of(config, f"noise {run}")[:8], np.uint32)
 
 
 # --- accounting

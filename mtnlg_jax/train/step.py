@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config
-from mtnlg_jax.train import expert_loads, lora, privacy, quantized_base
+from mtnlg_jax.train import expert_loads, lora, quantized_base
 from mtnlg_jax.train.distill import Distillation
 from mtnlg_jax.train.gradients import make_loss_and_gradients
 from mtnlg_jax.train.optimizer import make_optimizer
@@ -34,9 +34,10 @@ def make_train_step(
     It maps (state, batch, micro_batches, sequences, rate_scale) to (state, metrics) and donates the
     state. ``batch`` holds arrays (M, B, S), of which ``micro_batches`` (of M) and ``sequences`` are
     in use; see `inputs.batch_at`. ``rate_scale`` is the factor on the learning rate in this stage.
-    With a ``distillation`` the teacher's parameters are one more argument, the last. A step whose
-    loss or gradient norm is not finite changes only the counters. With differential privacy only
-    the noised gradients decide: to skip by anything else would tell of single examples.
+    With a ``distillation`` the teacher's parameters are one more argument, the last; with
+    differential privacy `privacy.noise_key` is. A step whose loss or gradient norm is not finite
+    changes only the counters. With differential privacy only the noised gradients decide: to skip
+    by anything else would tell of single examples.
 
     Args:
       causal: whether attention is causal, as for the causal objective, or bidirectional.
@@ -49,8 +50,7 @@ def make_train_step(
     private = config.optimizer.private
     counting = moe.num_moe_experts > 0 and not quantized_base.used(config) and not private
     if private:
-        secret = privacy.secret_of(config, "noise")
-        private_gradients = make_private_gradients(config, mesh, causal, secret)
+        private_gradients = make_private_gradients(config, mesh, causal)
     else:
         loss_and_gradients = make_loss_and_gradients(
             config, mesh, causal, distillation, counting, sparse
@@ -59,7 +59,7 @@ def make_train_step(
     balancing = counting and moe.moe_router_enable_expert_bias and not lora.used(config)
     shardings = state_shardings(config, mesh)
 
-    def train_step(state: TrainState, batch, micro_batches, sequences, rate_scale, *teacher):
+    def train_step(state: TrainState, batch, micro_batches, sequences, rate_scale, *last):
         # Dropout depends only on the seed and the step, so a resumed run repeats it.
         key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), state.step))
         # With LoRA the optimizer sees only the factors A and B. Without it both are the parameters.
@@ -68,10 +68,10 @@ def make_train_step(
         figures = {}
         if private:
             loss, grads, figures = private_gradients(
-                model, batch, micro_batches, key, state.step, sequences
+                model, batch, micro_batches, key, state.step, sequences, *last
             )
         else:
-            loss, grads, *loads = loss_and_gradients(model, batch, micro_batches, key, *teacher)
+            loss, grads, *loads = loss_and_gradients(model, batch, micro_batches, key, *last)
 
         # The schedule follows the samples at the end of the step, so that the first step of a
         # warm-up does not have rate 0.
@@ -125,17 +125,20 @@ def make_train_step(
 class CompiledStep:
     """A jitted step, compiled at its first call under the compilation limit of ``watchdog``.
 
-    All calls must have the same shapes, types and shardings. ``fingerprint`` is the hash of the
-    lowered program (StableHLO text); it is "" before the first call.
+    All calls must have the same shapes, types and shardings; ``last`` are their last arguments.
+    ``fingerprint`` is the hash of the lowered program (StableHLO text); it is "" before the first
+    call.
     """
 
-    def __init__(self, train_step: jax.stages.Wrapped, watchdog: Watchdog):
+    def __init__(self, train_step: jax.stages.Wrapped, watchdog: Watchdog, last: tuple = ()):
         self._train_step = train_step
         self._watchdog = watchdog
+        self._last = last
         self._compiled: jax.stages.Compiled | None = None
         self.fingerprint = ""
 
     def __call__(self, *args: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        args += self._last
         if self._compiled is None:
             self._watchdog.enter("compilation")
             # Compiled ahead of the call: the text of the program becomes known, and arguments of

@@ -12,19 +12,19 @@ import optax
 import pytest
 from flax import nnx
 from scipy import stats
-from test_step import DEEP, LENGTH, MODEL, config_of, mesh_of, parameters, quick, rows
+from test_step import DEEP, LENGTH, MODEL, ROWS, config_of, mesh_of, parameters, quick, rows
 
 from mtnlg_jax.config import MoEConfig, validate
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import row_shards, shardings_of
-from mtnlg_jax.train import lora, privacy, quantized_base
+from mtnlg_jax.train import lora, privacy, private_gradients, quantized_base
 from mtnlg_jax.train.arrays import Held
 from mtnlg_jax.train.batch import put_batch
 from mtnlg_jax.train.private_gradients import make_private_gradients
 
 CLIP = 3.4  # of 16 examples, the gradients of about half are longer
 NOISE = 0.8
-SECRET = bytes(range(32))
+NOISE_KEY = np.arange(2, dtype=np.uint32)
 
 
 def private_config(data=1, tensor=1, zero=1, model=MODEL, mesh=(), optimizer=(), **train):
@@ -36,23 +36,22 @@ def private_config(data=1, tensor=1, zero=1, model=MODEL, mesh=(), optimizer=(),
 
 
 def batch_of(config, mesh, data):
-    """Return (batch, micro-batches) of the rows ``data``, a unit of each shard after another."""
+    """Return (batch, micro-batches in use) of the rows ``data``, a unit of each shard after
+    another; the batch has room for ROWS, so that all share a program."""
     size = row_shards(mesh.shape) * config.optimizer.rows_of_unit
-    count = -(-len(data["tokens"]) // size)
+    used = len(data["tokens"])
     data = {
-        name: np.concatenate([x, np.zeros_like(x[: count * size - len(x)])])
+        name: np.concatenate([x, np.zeros((ROWS - used, *x.shape[1:]), x.dtype)])
         for name, x in data.items()
     }
-    return put_batch(
-        lambda numbers: {name: x[numbers] for name, x in data.items()},
-        (count, size, LENGTH),
-        mesh,
-    ), count
+    shape = (ROWS // size, size, LENGTH)
+    batch = put_batch(lambda numbers: {name: x[numbers] for name, x in data.items()}, shape, mesh)
+    return batch, -(-used // size)
 
 
 @functools.cache
 def compiled_once(config, causal=True):
-    return jax.jit(make_private_gradients(config, mesh_of(config), causal, SECRET))
+    return jax.jit(make_private_gradients(config, mesh_of(config), causal))
 
 
 def gradients(config, data=None, step=0, params=None):
@@ -63,7 +62,7 @@ def gradients(config, data=None, step=0, params=None):
     batch, count = batch_of(config, mesh, rows() if data is None else data)
     key = jax.random.key_data(jax.random.key(3))
     loss, grads, figures = compiled_once(config)(
-        params, batch, jnp.int32(count), key, jnp.int32(step), jnp.int32(16)
+        params, batch, jnp.int32(count), key, jnp.int32(step), jnp.int32(16), NOISE_KEY
     )
     return float(loss), [np.asarray(g) for g in jax.tree.leaves(grads)], jax.device_get(figures)
 
@@ -190,6 +189,17 @@ def test_noise_is_gaussian_with_the_deviation_that_the_accountant_takes():
         assert (np.abs(noised - plain - drawn).max() < 1e-5) == equal
         if not equal:
             assert abs(np.corrcoef(noised - plain, drawn)[0, 1]) < 4 / math.sqrt(len(drawn))
+
+
+def test_noise_has_no_gaps_and_long_tails():
+    """A single draw of float32 has 2^23 values and ends at 5.42: a sum under it would show."""
+    drawn = np.asarray(private_gradients._gaussian(jax.random.key(0), (2_000_000,)))
+    single = np.asarray(jax.random.normal(jax.random.key(0), (2_000_000,), jnp.float32))
+    # Repeated numbers: of a single draw 2e6 / (2 x 2^23), about 11 %.
+    repeated = [1 - len(np.unique(each)) / len(each) for each in (drawn, single)]
+    assert repeated[0] < repeated[1] / 2
+    assert stats.kstest(drawn[:200_000], "norm").pvalue > 0.01
+    assert abs(stats.kurtosis(drawn)) < 4 * math.sqrt(24 / len(drawn))
 
 
 def test_the_noise_follows_the_secret(tmp_path):

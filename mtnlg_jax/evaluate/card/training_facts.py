@@ -187,20 +187,19 @@ def _stages(section: Section, facts: Facts, run: RunFiles) -> None:
 
 
 def _training_losses(facts: Facts, run: RunFiles) -> Iterator[Fact]:
-    """Yield the last training loss of each objective, and of each kind of loss."""
+    """Yield the last training loss of each objective, and of each kind of loss.
+
+    That of a differentially private run is left out: cards are published, and it is not private.
+    """
     latest: dict[tuple[str, str], int] = {}
     for row in run.rows(METRICS, "train"):
         name, loss = training_loss(row)
-        if name is not None and math.isfinite(loss):
+        if name is not None and name != "nonprivate_loss" and math.isfinite(loss):
             latest[row.get("objective", ""), name] = row["step"]
     for (objective, name), step in sorted(latest.items()):
         words = TRAINING_LOSSES[name].replace("\n", " ")
         label = f"Training, {objective} ({words}), last step of it"
         yield facts.read(METRICS, f"[kind=train, step={step}]/{name}", label)
-    for key, label in (("epsilon", "Privacy spent: epsilon"), ("delta", "Privacy spent: delta")):
-        last = [row["step"] for row in run.rows(METRICS, "train") if key in row]
-        if last:
-            yield facts.read(METRICS, f"[kind=train, step={last[-1]}]/{key}", label)
 
 
 def _results(row: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

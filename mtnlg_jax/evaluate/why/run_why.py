@@ -62,7 +62,13 @@ def answer(question: Question) -> tuple[dict[str, Any], str]:
     Raises ValueError and OSError, with one line, on a step, checkpoint or data that do not fit.
     """
     workdir = question.workdir
-    Settings(workdir, question.entries)  # first of all, whether this is a run
+    settings = Settings(workdir, question.entries)  # first of all, whether this is a run
+    if settings.at((question.step or 1) - 1).optimizer.private:
+        raise ValueError(
+            f"--workdir={workdir} was trained with differential privacy: each row is clipped and "
+            "noise is added, so no document can be found that a step is due to; give a run without "
+            "it"
+        )
     why_this = None
     if question.step is None:
         number, why_this = find_step(workdir, question.spike)

@@ -227,14 +227,15 @@ def test_results_by_source_in_the_metrics_are_told(run):
             record["causal_loss/web"] = 2.5
             record["causal_loss/none"] = None
         else:
-            record |= {"epsilon": record["step"] / 8, "delta": 1e-5}
+            record["nonprivate_loss"] = record.pop("loss") + 7.25
     records += [{"kind": "tasks", "step": step, "hellaswag/acc": step / 8} for step in (4, 6)]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
     card = build(run)
     assert "| sources, books, causal loss | 0.1667 | 6 | 0.1667 | 6 |" in card.above
     assert "| causal loss/web | 2.5 | 6 | 2.5 | 2 |" in card.above
     assert "| hellaswag/acc | 0.75 | 6 |  |  |" in card.above
-    assert "| Privacy spent: epsilon | 0.75 |" in card.above
+    # Cards are published.
+    assert "nonprivate" not in render(card) and "not private" not in render(card)
 
 
 def test_the_stages_of_a_recipe_are_told(run, put):
