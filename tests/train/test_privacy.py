@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import shutil
 import sys
 
 import dp_accounting
@@ -27,7 +26,7 @@ from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import adapt, inputs, loop, privacy
 from mtnlg_jax.train.checkpoint import load_run
-from mtnlg_jax.train.metrics import read_metrics
+from mtnlg_jax.train.metrics import MetricsLog, read_metrics
 from mtnlg_jax.train.privacy import Ledger, Part
 
 WORDS = "the whale swam north while nobody on the ship dared to wake the old captain".split()
@@ -48,6 +47,7 @@ def one_device(compiled_once):
     make = loop.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_mesh", lambda mesh: make(mesh, jax.devices()[:1]))
+        patch.setattr(MetricsLog, "plot", lambda log: None)  # takes longer than six steps
         yield
 
 
@@ -65,9 +65,9 @@ def config_of(path, optimizer=(), **train):
         mesh=MeshConfig(data=1),
         data=DataConfig(path=path),
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, **{"dp_noise_multiplier": 1.0, **dict(optimizer)}
+            **{"learning_rate": 3e-3, "dp_noise_multiplier": 1.0, **dict(optimizer)}
         ),
-        train=TrainConfig(global_batch_size=8, compute_dtype="float32", **train),
+        train=TrainConfig(**{"global_batch_size": 8, "compute_dtype": "float32", **train}),
     )
 
 
@@ -223,18 +223,38 @@ def test_a_loss_that_is_not_finite_skips_no_step(whole, tmp_path, monkeypatch):
     assert all(math.isfinite(row["nonprivate_loss"]) for row in rows)
 
 
-def test_a_resume_with_other_noise_is_composed(whole, prepared, tmp_path):
+def test_a_resume_with_other_noise_is_composed(whole, prepared):
     first = report_of(whole[0])
-    workdir = tmp_path / "copy"
-    shutil.copytree(whole[0], workdir)
     config = config_of(prepared, {"dp_noise_multiplier": 2.0, "dp_delta": 1e-4}, steps=8)
-    loop.train(config, str(workdir), show_progress=False)
-    report = report_of(workdir)
+    samplers = inputs.load_data(config).samplers
+    meta = load_run(whole[0], "last").meta
+    report = privacy.start(config, samplers, meta, 6, 48)[1].report(8)
     probability = report["sampling_probability"]
     parts = [(6, probability, first["noise_multiplier"]), (2, probability, 2.0)]
     recorded = [(part["steps"], part["probability"], part["noise"]) for part in report["parts"]]
     assert recorded == parts
     assert report["epsilon"] == by_hand(parts, 1e-4, pld.PLDAccountant())
+
+
+def test_each_run_of_a_secret_has_noise_of_its_own(prepared):
+    """Of two runs with the same noise the difference would be without any."""
+
+    def key(prints=("a",), optimizer=(), tensor=1, **train):
+        config = config_of(prepared, optimizer, **train)
+        config = dataclasses.replace(config, mesh=MeshConfig(data=1, tensor=tensor))
+        return privacy.noise_key(config, dict(enumerate(prints))).tobytes()
+
+    same = [key(), key(tensor=2), key(log_every=3, micro_batch_size=1)]
+    others = [
+        key(("b",)),
+        key(optimizer={"dp_noise_multiplier": 2.0}),
+        key(optimizer={"dp_clip_norm": 2.0}),
+        key(optimizer={"learning_rate": 1e-3}),
+        key(global_batch_size=4),
+        key(steps=7),
+        key(seed=1),
+    ]
+    assert len(set(same)) == 1 and len({same[0], *others}) == 1 + len(others)
 
 
 def test_a_run_does_not_become_another_kind(prepared):
