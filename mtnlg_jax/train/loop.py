@@ -182,6 +182,7 @@ def _begin(
         functools.partial(changes.refuse_changes, config=config),
     )
     if not restored:
+        privacy.refuse_known_data(config, data.fingerprints)
         config, ledger = privacy.start(config, data.samplers, {}, 0, 0)
         state = init_state(config, mesh, init_from.load_start(config, mesh))
         return config, 0, state, ledger, False

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
+from mtnlg_jax import storage
 from mtnlg_jax.config import Config, override
 from mtnlg_jax.data.poisson import OVERFLOW, PoissonSampler
-from mtnlg_jax.storage import write_file
 from mtnlg_jax.train import changes, describe
 from mtnlg_jax.train.metrics import environment
 from mtnlg_jax.train.schedule import batch_size_at, stage_at
@@ -258,7 +258,7 @@ class Ledger:
     def write(self, workdir: str, done: int) -> None:
         """Write privacy.json into the run's folder, whole or not at all."""
         text = json.dumps(self.report(done), indent=1, sort_keys=True)
-        write_file(workdir, FILE, text.encode())
+        storage.write_file(workdir, FILE, text.encode())
 
     def lines(self, done: int) -> list[str]:
         """Return the lines that are printed before the first step, of which ``done`` are done."""
@@ -281,6 +281,20 @@ class Ledger:
 
 
 # --- at the start of a run
+
+
+def refuse_known_data(config: Config, fingerprints: dict[str, str]) -> None:
+    """Raise ValueError if the run of train.init has trained on data with these ``fingerprints``:
+    what it saw of them would come without noise, or would not be counted."""
+    init = config.train.init
+    content = storage.read_file(init, "data.json") if init and config.optimizer.private else None
+    # Models of other formats do not tell what they were trained on.
+    known = [name for name, found in fingerprints.items() if found.encode() in (content or b"")]
+    if known:
+        raise ValueError(
+            f"train.init={init} was trained on {', '.join(known)} of these data, so epsilon of "
+            "this run alone would not hold for them; start from a model of other data"
+        )
 
 
 def start(

@@ -280,6 +280,15 @@ def test_a_run_does_not_become_another_kind(prepared):
     assert [part.steps for part in ledger.parts] == [4] and not ledger.until(5)
 
 
+def test_a_model_of_the_same_data_is_refused(whole, prepared, tmp_path):
+    config = config_of(prepared, init=str(whole[0]))
+    with pytest.raises(ValueError, match="was trained on source 0 of these data"):
+        loop.train(config, str(tmp_path), show_progress=False)
+    privacy.refuse_known_data(config, {"source 0": "of other data"})
+    plain = config_of(prepared, {"dp_noise_multiplier": 0.0}, init=str(whole[0]))
+    privacy.refuse_known_data(plain, inputs.load_data(plain).fingerprints)
+
+
 # --- batches
 
 
