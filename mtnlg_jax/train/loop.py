@@ -139,6 +139,11 @@ def train(
 def _resolved(config: Config) -> tuple[Config, Data, Mesh]:
     """Return the config with what data and devices decide, the data, and the mesh."""
     data = load_data(config)
+    if config.optimizer.private:
+        # With other secrets each would draw other rows. It is compared as a hash.
+        secret = privacy.secret_of(config, "comparison").hex()
+        if line := processes.disagreement({"hash of optimizer.dp_secret": secret}):
+            raise ValueError(f"{line}; give all processes the same file")
     config = resolve(config, data.tokenizer)
     mesh = make_mesh(config.mesh)
     validate_batch(config, row_shards(mesh.shape))  # data=-1 is only known now

@@ -89,7 +89,7 @@ def make_train_step(
         # differential privacy that of the noised mean.
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
         # A gradient may overflow although the loss is finite, so both are checked.
-        finite = jnp.isfinite(grad_norm) & (private or jnp.isfinite(loss))
+        finite = (private or jnp.isfinite(loss)) & jnp.isfinite(grad_norm)
 
         # An elementwise selection, not a branch: the update is always computed, and a NaN in it is
         # not selected.

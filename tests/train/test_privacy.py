@@ -289,6 +289,15 @@ def test_a_model_of_the_same_data_is_refused(whole, prepared, tmp_path):
     privacy.refuse_known_data(plain, inputs.load_data(plain).fingerprints)
 
 
+def test_processes_with_other_secrets_are_refused(prepared, tmp_path, monkeypatch):
+    def differing(parts):
+        return "they differ" if "hash of optimizer.dp_secret" in parts else None
+
+    monkeypatch.setattr(loop.processes, "disagreement", differing)
+    with pytest.raises(ValueError, match="they differ; give all processes the same file"):
+        loop.train(config_of(prepared), str(tmp_path), show_progress=False)
+
+
 # --- batches
 
 

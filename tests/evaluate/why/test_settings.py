@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mtnlg_jax.config import Config, override, to_json
+from mtnlg_jax.evaluate.why.run_why import Question, answer
 from mtnlg_jax.evaluate.why.settings import Settings
 
 
@@ -69,3 +70,12 @@ def test_other_settings_and_folders_are_refused(tmp_path):
         Settings(str(tmp_path))
     with pytest.raises(ValueError, match="train.seed=3 would make another step"):
         Settings(str(tmp_path), ["train.seed=3"])
+
+
+def test_a_private_run_is_refused(tmp_path):
+    """Its steps are no mean over a batch, and its rows are a sample of their own."""
+    config = override(Config(), "optimizer.dp_noise_multiplier=1")
+    (tmp_path / "config.json").write_text(to_json(config))
+    for step in (None, 5):
+        with pytest.raises(ValueError, match="trained with differential privacy: each row is"):
+            answer(Question(str(tmp_path), step))
