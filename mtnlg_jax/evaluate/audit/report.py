@@ -219,7 +219,7 @@ def lines(report: dict[str, Any]) -> list[str]:
             interval = "" if each["low"] is None else f" ({each['low']:.2f} to {each['high']:.2f})"
             found.append(
                 f"  {row['copies']:>4} copies: {each['mean']:.2f}{interval}, first of "
-                f"{canaries['candidates']:,} in {row['first']} of {each['count']}"
+                f"{row['ranked']:,} in {row['first']} of {each['count']}"
             )
     if (membership := report["membership"]) is not None:
         found.append(

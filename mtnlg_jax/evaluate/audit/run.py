@@ -71,7 +71,7 @@ def audit(
         "workdir": str(workdir),
         "checkpoint": which,
         "data": [source.path for source in found.sources],
-        "tokens": sum(len(part) for source in found.sources for part in source.train),
+        "tokens": sum(map(len, work.parts)),
         "settings": dataclasses.asdict(settings),
         "skipped": found.skipped,
         "notes": _notes(run.meta, found, given=bool(data)) + work.notes,
