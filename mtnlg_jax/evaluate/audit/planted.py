@@ -26,7 +26,7 @@ def canaries_of(sources: Sequence[Source], given: str | None = None) -> list[Can
             )
         return found
     # By folder and text: a run may name an output of a recipe and one of its sources as well.
-    found: dict[str, dict[str, Canary]] = {}
+    planted: dict[str, dict[str, Canary]] = {}
     for source in sources:
         if prefix_of(source.path):
             continue
@@ -35,9 +35,9 @@ def canaries_of(sources: Sequence[Source], given: str | None = None) -> list[Can
         here = {name_in_recipe(each) for each in source.train}
         for each in read_canaries(home) or []:
             if not each.source or each.source in here:
-                found.setdefault(home.rstrip("/"), {})[each.text] = each
+                planted.setdefault(home.rstrip("/"), {})[each.text] = each
     together: dict[str, Canary] = {}
-    for each in (each for own in found.values() for each in own.values()):
+    for each in (each for own in planted.values() for each in own.values()):
         before = together[each.text].copies if each.text in together else 0
         together[each.text] = each._replace(copies=before + each.copies)
     return list(together.values())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mtnlg_jax.evaluate.audit.membership import NAMES
+from mtnlg_jax.evaluate.pages import load_template
 
 # Size of a chart and the space of its axes, in units of its viewBox.
 _WIDTH = 480
@@ -61,14 +62,9 @@ Value = tuple[str, float, float, float]
 
 def render(report: dict[str, Any]) -> str:
     """Return the page of a report of `run.audit`."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"share": _share, "number": _number, "between": _between}
     page = Path(__file__).with_name("page") / "report.html"
-    template = environment.from_string(page.read_text(encoding="utf-8"))
+    filters = {"share": _share, "number": _number, "between": _between}
+    template = load_template(page, filters)
     return template.render(
         report=report,
         facts=_facts(report),

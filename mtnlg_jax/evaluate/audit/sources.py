@@ -8,6 +8,7 @@ import numpy as np
 
 from mtnlg_jax import foreign, storage
 from mtnlg_jax.config import Config
+from mtnlg_jax.data.provenance import paths_of
 from mtnlg_jax.data.store.megatron import prefix_of
 from mtnlg_jax.data.store.sources import open_sources, spread
 from mtnlg_jax.data.store.tokens import Tokens
@@ -32,12 +33,6 @@ class Passage(NamedTuple):
     source: str
     start: int
     tokens: np.ndarray
-
-
-def paths_of(config: Config) -> list[str]:
-    """Return the data of a run: the paths of all its stages, each once."""
-    blends = [stage.blend or config.data.sources for stage in config.train.stages]
-    return list(dict.fromkeys(path for blend in blends for path, _ in blend))
 
 
 def open_run_data(
@@ -79,8 +74,8 @@ def open_run_data(
     for path in paths:
         train = tuple(opened[part] for part, _ in spread([(path, 1.0)]))
         # One part for all paths where data.heldout names it. An empty one is false, but not absent.
-        own = heldout[path] if path in heldout else next(iter(heldout.values()))
-        sources.append(Source(path, train, own))
+        held = heldout[path] if path in heldout else next(iter(heldout.values()))
+        sources.append(Source(path, train, held))
     return found, sources
 
 
@@ -103,7 +98,13 @@ def _check_tokenizer(
 def check_reference(workdir: str, tokenizer: Tokenizer, tokens: int) -> None:
     """Raise ValueError if the model in ``workdir`` cannot read passages of ``tokens`` tokens of
     ``tokenizer``, FileNotFoundError if there is none."""
-    config = config_of(workdir)
+    try:
+        config = config_of(workdir)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"--reference={workdir} holds no model; give a launch/pretrain.py run, a Hugging Face "
+            "folder or a GGUF file"
+        ) from None
     reader = foreign.reader_of(workdir)
     if reader is None:
         known = [load_tokenizer(storage.join(workdir, "tokenizer"))]

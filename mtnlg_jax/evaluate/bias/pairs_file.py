@@ -117,9 +117,9 @@ def read_statistics(path: str) -> dict[str, float]:
             f"it has {', '.join(columns) or 'none'}"
         )
     return {
-        row["occupation"].casefold(): _percent(path, number, row[column])
+        row.get("occupation", "").casefold(): _percent(path, number, row[column])
         for number, row in rows
-        if row[column].strip()
+        if row.get(column, "").strip()
     }
 
 
@@ -144,7 +144,8 @@ def _rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
                 quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
             )
             for row in reader:
-                fields = {key or "": value for key, value in row.items() if isinstance(value, str)}
+                # A short line lacks fields; a long one has more, under None.
+                fields = {key: value or "" for key, value in row.items() if key is not None}
                 yield reader.line_num, fields
         except UnicodeDecodeError as error:
             raise ValueError(

@@ -113,6 +113,12 @@ def test_pairs_that_cannot_be_used(write, text, name, message):
     assert message in str(error.value)
 
 
+def test_short_lines_of_statistics_have_no_share(write):
+    # The first line, or a later one.
+    path = write("occupation\tbls_pct_female\nnurse\ncook\t40\nclerk\n")
+    assert read_statistics(path) == {"cook": 40.0}
+
+
 def test_statistics_without_their_columns(write):
     with pytest.raises(ValueError, match="needs the columns occupation and one of bls_pct_female"):
         read_statistics(write("occupation\tyear\nnurse\t2015\n"))
