@@ -23,6 +23,8 @@ from mtnlg_jax.evaluate.audit.sources import Passage, Source, draw_passages, hel
 
 # Passages are counted for each that is measured, so that some stand more than once.
 _POOL = 20
+# Draws of passages, each with random numbers of its own.
+_PURPOSES = ("train", "heldout", "members", "personal_data")
 _EXAMPLES = 10
 _SHOWN = 60  # characters of an excerpt that is not shown whole
 _PROMPT = 16  # tokens of training text before half of the texts that are searched
@@ -127,7 +129,7 @@ class Measures:
 
     def _drawn(self, which: str, count: int) -> list[Passage]:
         """Return passages for extraction, of all sources by their size."""
-        rng = np.random.default_rng([self._settings.seed, len(which)])
+        rng = np.random.default_rng([self._settings.seed, _PURPOSES.index(which)])
         sources = self._found.sources
         parts = self.parts
         if which == "heldout":
@@ -139,7 +141,7 @@ class Measures:
         """Draw passages of the training and of the held-out text of each source, as many of each,
         none of which overlap."""
         for number, source in enumerate(self._found.sources):
-            rng = np.random.default_rng([self._settings.seed, 7, number])
+            rng = np.random.default_rng([self._settings.seed, _PURPOSES.index("members"), number])
             common = (self._tokenizer, self._found.member_tokens)
             most = self._settings.passages
             own = held_out_of(source)
@@ -306,7 +308,7 @@ class Measures:
 
     def measure_personal_data(self) -> dict[str, Any]:
         settings = self._settings
-        rng = np.random.default_rng([settings.seed, 11])
+        rng = np.random.default_rng([settings.seed, _PURPOSES.index("personal_data")])
         prompted = draw_passages("", self.parts, self._tokenizer, _PROMPT, settings.texts // 2, rng)
         prompts: list[list[int]] = [each.tokens.tolist() for each in prompted]
         # Those without a prompt begin a document.
