@@ -51,6 +51,9 @@ def test_winobias_reads_both_halves(tmp_path):
     anti.write_text("1 [a] b\n2 [c] d\n")
     with pytest.raises(ValueError, match="have 1 and 2 lines"):
         read_pairs(str(pro))
+    anti.write_text(pro.read_text())
+    with pytest.raises(ValueError, match="line 1: both sentences are .*give two that differ"):
+        read_pairs(str(pro))
 
 
 def test_templates_of_winogender_are_filled(write):
