@@ -43,6 +43,11 @@ def open_run_data(
 
     Raises ValueError or FileNotFoundError, which name the way out, before any token is read.
     """
+    if all(stage.masked >= 1 for stage in config.train.stages):
+        raise ValueError(
+            f"every stage of {workdir} is masked, and an audit reads and writes text from left to "
+            "right; give a run with a causal stage"
+        )
     paths = list(dict.fromkeys(given or paths_of(config)))
     if not paths:
         raise ValueError(

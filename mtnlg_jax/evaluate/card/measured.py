@@ -28,7 +28,7 @@ _DETAILS = (
 # What each file says of itself.
 _HEAD = ("kind", "step", "commit", "versions", "created")
 _ROWS = 12  # of a table
-_BLOCKS = 30  # of a section
+_BLOCKS = 60  # of a section
 _DEPTH = 7
 _FLAT = 2  # levels of dicts that become one row
 _INTERVAL = 3  # numbers in a list that is shown; longer ones may be tokens

@@ -231,6 +231,15 @@ def test_canaries_that_are_not_in_the_data_are_an_error(trained, prepared, tmp_p
         _audit(trained, settings, canaries=str(tmp_path / "missing.json"))
 
 
+def test_models_that_cannot_be_audited_are_an_error(trained, tmp_path):
+    nowhere = str(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="--reference=.*nowhere holds no model; give a"):
+        _audit(trained, reference=nowhere)
+    masked = load_config("configs/tiny.py", ["train.stages=[{'name': 'm', 'masked': 1}]"])
+    with pytest.raises(ValueError, match="every stage of RUN is masked, and an audit reads"):
+        open_run_data("RUN", masked, None)
+
+
 def test_another_tokenizer_is_an_error(trained, corpus, tmp_path):
     other = tmp_path / "data"
     prepare(corpus, other, vocab_size=350, canaries=CanaryConfig(), progress=False)
