@@ -156,9 +156,10 @@ def _scored(
 ) -> dict[str, Any]:
     from mtnlg_jax.evaluate.harness import MtnlgLM
     from mtnlg_jax.evaluate.harness_tasks import run
+    from mtnlg_jax.evaluate.records import header
 
     seed = longtext.SEED.value if longtext.SEED.present else run.SEED
-    return run.stamp(loaded.step) | {
+    return header(run.KIND, loaded.step, ("lm_eval",)) | {
         "workdir": score.WORKDIR.value,
         "tasks": run.evaluate_tasks(
             MtnlgLM.of(decoder, loaded.tokenizer),

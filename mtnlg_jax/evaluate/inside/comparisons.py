@@ -9,7 +9,6 @@ import numpy as np
 from flax import nnx
 
 from mtnlg_jax.evaluate.inside import figures, pages
-from mtnlg_jax.evaluate.inside.files import header
 from mtnlg_jax.evaluate.inside.influence import influences
 from mtnlg_jax.evaluate.inside.pages import Cell, token_texts
 from mtnlg_jax.evaluate.inside.passages import Passage, after_bos
@@ -22,6 +21,7 @@ from mtnlg_jax.evaluate.inside.projected import (
 )
 from mtnlg_jax.evaluate.inside.record import POINTS
 from mtnlg_jax.evaluate.inside.subject import Answer, Subject
+from mtnlg_jax.evaluate.records import header
 
 _SHOWN = 300  # characters of a passage
 

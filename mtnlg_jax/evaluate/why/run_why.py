@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from mtnlg_jax.evaluate.inside import files
+from mtnlg_jax.evaluate.records import header
 from mtnlg_jax.evaluate.why import page, report, states
 from mtnlg_jax.evaluate.why.neighbors import (
     FIGURES,
@@ -129,7 +130,7 @@ def _result(
 ) -> dict[str, Any]:
     """Return what the batch and the gradients say."""
     batch = step.batch
-    return files.header("why", number) | {
+    return header("why", number) | {
         "workdir": question.workdir,
         "mesh": described(mesh.shape),
         "stage": batch.config.train.stages[batch.stage].name,
