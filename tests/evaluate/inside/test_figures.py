@@ -1,0 +1,34 @@
+"""Check that pictures of large models and long texts stay small and quick to draw."""
+
+import struct
+
+import numpy as np
+
+from mtnlg_jax.evaluate.inside import figures
+
+
+def size_of(png):
+    return struct.unpack(">II", png[16:24])
+
+
+def test_a_long_text_makes_no_endless_picture():
+    tokens = ["a"] * 900
+    drawn = figures.lens(np.ones((3, 900)), [tokens] * 3, tokens)
+    patched = figures.patches(np.ones((3, 2, 900)), ("a", "b", "c"), tokens)
+    assert max(*size_of(drawn), *size_of(patched)) <= 40 * 110
+
+
+def test_many_heads_are_tiles_of_one_picture():
+    weights = np.tile(np.tri(3) / 3, (48, 25, 1, 1))
+    width, height = size_of(figures.attention(weights, ["a"] * 3))
+    assert width > 25 * 50 and height > 48 * 50
+
+
+def test_many_texts_are_drawn_as_far_as_there_is_room():
+    one = figures.losses([np.ones(5)] * 16, ["a"] * 16)
+    assert figures.losses([np.ones(5)] * 100, ["a"] * 100) == one
+
+
+def test_a_dollar_sign_begins_no_formula():
+    figures.losses([np.ones(5)], [r"a$\frac$b"])
+    figures.lens(np.ones((1, 2)), [["12345678$a$", r"$\frac$"]], ["$x^$", "a"])
