@@ -171,6 +171,7 @@ def test_influence_of_given_passages(ask):
         (["--mode=influence"], "needs --continuation"),
         (["--mode=influence", "--continuation=a", "--length=17"], "--length=17 is outside"),
         (["--mode=influence", "--continuation=a", "--damping=-1"], "--damping=-1"),
+        (["--mode=influence", "--continuation=a", "--damping=nan"], "--damping=nan must be"),
         (["--mode=influence", "--continuation=a"], "is not a run"),
     ],
 )

@@ -1,5 +1,6 @@
 """The flags of launch/inspect.py, and which of them each mode takes."""
 
+import math
 import os
 
 from absl import flags
@@ -87,8 +88,8 @@ def check() -> None:
                 )
     if mode == "loss" and (TEXT.value is None) == (INPUT.value is None):
         raise ValueError("--mode=loss needs one of --text and --input")
-    if DAMPING.value < 0:
-        raise ValueError(f"--damping={DAMPING.value} must be 0 or more")
+    if not 0 <= DAMPING.value < math.inf:
+        raise ValueError(f"--damping={DAMPING.value} must be a number from 0 on")
 
 
 def folder() -> str:

@@ -47,7 +47,7 @@ def lens(probabilities_LS: np.ndarray, guesses: list[list[str]], tokens: Sequenc
                 axes.text(at, layer, shown, ha="center", va="center", fontsize=6, color=color)
     _name(axes.xaxis, tokens, rotation=90)
     axes.set_yticks(range(layers), ["embedding", *(f"layer {n}" for n in range(layers - 1))])
-    axes.set_title("what each layer would predict next")
+    axes.set_title("predictions of each layer")
     figure.colorbar(drawn, ax=axes, label="probability of the best guess")
     return png_of(figure)
 
