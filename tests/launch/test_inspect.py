@@ -173,6 +173,13 @@ def test_influence_of_given_passages(ask):
         (["--mode=influence", "--continuation=a", "--damping=-1"], "--damping=-1"),
         (["--mode=influence", "--continuation=a", "--damping=nan"], "--damping=nan must be"),
         (["--mode=influence", "--continuation=a"], "is not a run"),
+        (
+            [
+                *("--mode=influence", "--continuation=a", "--rank=999"),
+                "--passages={folder}/texts.jsonl",
+            ],
+            "--rank=999 is outside",
+        ),
     ],
 )
 def test_bad_input_is_one_line(ask, arguments, words):

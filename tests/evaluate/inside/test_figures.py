@@ -13,20 +13,19 @@ def size_of(png):
 
 def test_a_long_text_makes_no_endless_picture():
     tokens = ["a"] * 900
-    drawn = figures.lens(np.ones((3, 900)), [tokens] * 3, tokens)
-    patched = figures.patches(np.ones((3, 2, 900)), ("a", "b", "c"), tokens)
-    assert max(*size_of(drawn), *size_of(patched)) <= 40 * 110
+    drawn = figures.lens(np.ones((2, 900)), [tokens] * 2, tokens)
+    assert max(size_of(drawn)) <= 40 * 110
 
 
 def test_many_heads_are_tiles_of_one_picture():
-    weights = np.tile(np.tri(3) / 3, (48, 25, 1, 1))
+    weights = np.tile(np.tri(3) / 3, (12, 3, 1, 1))
     width, height = size_of(figures.attention(weights, ["a"] * 3))
-    assert width > 25 * 50 and height > 48 * 50
+    assert 3 * 100 < width < 3 * 200 and 12 * 100 < height < 12 * 200
 
 
 def test_many_texts_are_drawn_as_far_as_there_is_room():
-    one = figures.losses([np.ones(5)] * 16, ["a"] * 16)
-    assert figures.losses([np.ones(5)] * 100, ["a"] * 100) == one
+    _, height = size_of(figures.losses([np.ones(5)] * 300, ["a"] * 300))
+    assert height <= 40 * 110
 
 
 def test_a_dollar_sign_begins_no_formula():
