@@ -158,7 +158,7 @@ def test_influence_of_given_passages(ask):
         (["--mode=loss", "--text=the whale", "--stride=17"], "stride=17"),
         (
             ["--mode=patch", "--clean=the whale", "--corrupt=the", "--answers=a", "--answers=b"],
-            "as many tokens in both",
+            "the same number in both",
         ),
         (
             ["--mode=patch", "--clean=the", "--corrupt=whale", "--answers=a"],

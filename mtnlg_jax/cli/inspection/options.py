@@ -35,7 +35,9 @@ with command.flag_group("A text (lens, attention, loss)"):
     LAYER = flags.DEFINE_integer("layer", None, "attention: layer to show token by token")
 with command.flag_group("Two prompts (patch)"):
     CLEAN = flags.DEFINE_string("clean", None, "prompt behind which the first answer is likely")
-    CORRUPT = flags.DEFINE_string("corrupt", None, "prompt of as many tokens, behind which not")
+    CORRUPT = flags.DEFINE_string(
+        "corrupt", None, "prompt with the same number of tokens, behind which it is not"
+    )
     ANSWERS = flags.DEFINE_multi_string("answers", [], "an answer; give two, the clean one first")
 with command.flag_group("Training passages (influence)"):
     PROMPT = flags.DEFINE_string("prompt", "", "text before the continuation")
