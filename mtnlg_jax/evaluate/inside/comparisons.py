@@ -45,8 +45,8 @@ def patch(
         )
         raise ValueError(
             f"--clean has {len(prompts[0])} tokens and --corrupt {len(prompts[1])}, from token "
-            f"{at} on {tokens[0][at : at + 4]} and {tokens[1][at : at + 4]}; patches need as many "
-            "tokens in both: exchange words for others of as many tokens"
+            f"{at} on {tokens[0][at : at + 4]} and {tokens[1][at : at + 4]}; patches need "
+            "the same number in both: exchange words for others of as many tokens"
         )
     found = patch_everywhere(subject.model, prompts[0], prompts[1], firsts, subject.causal, batch)
     names = _both_names(*tokens)

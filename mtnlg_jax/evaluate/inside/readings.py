@@ -43,11 +43,12 @@ def lens(subject: Subject, text: str, guesses: int) -> Answer:
             shade = float(found.probabilities_LSK[at, position, 0])
             cells.append(Cell(firsts[at][position], shade, title))
         rows.append((layers[at], cells))
+    where = "next" if subject.causal else "in each place"
     shown = pages.page(
         f"Logit lens of {subject.workdir}, checkpoint {subject.step}",
         [
             pages.paragraph(
-                "The token that each layer would predict next: the final norm and the output "
+                f"The token that each layer would predict {where}: the final norm and the output "
                 "embedding applied to its residual stream. The darker, the more probable; a "
                 "pointer on a cell shows other guesses.",
                 soft=True,
