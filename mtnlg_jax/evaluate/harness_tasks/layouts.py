@@ -80,8 +80,8 @@ def _without(text: str, prefix: str) -> str:
 def lambada(row: Row) -> Row:
     if row.get("text") is not None:
         return {"text": _text(row, "text")}
-    context = _text(row, "context")
-    # The stock task splits at the last space. Spaces before the word are its delimiter.
+    # The stock task splits at the last space. Spaces between the two are its delimiter.
+    context = _text(row, "context").rstrip(" ")
     word = _text(row, "continuation").lstrip(" ")
     if " " in word.rstrip():
         raise BadField("continuation", f"is {word!r:.40}, more than one word")
@@ -207,19 +207,29 @@ def rte(row: Row) -> Row:
     }
 
 
+def _offset(row: Row, name: str) -> int:
+    value = _get(row, name)
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise BadField(name, f"is {value!r:.40}, not a number of characters") from None
+
+
 def wic(row: Row) -> Row:
     made: Row = {"sentence1": _text(row, "sentence1"), "sentence2": _text(row, "sentence2")}
     sentence = made["sentence1"]
     if row.get("start1") is not None:
-        start = int(row["start1"])
-        end = int(_get(row, "end1"))
+        start, end = (_offset(row, name) for name in ("start1", "end1"))
         if not 0 <= start < end <= len(sentence):
             raise BadField(
                 "start1", f"={start} and end1={end} are outside of the {len(sentence)} characters"
             )
     else:
         word = _text(row, "word", "start1")
-        match = re.search(rf"\b{re.escape(word)}", sentence, re.IGNORECASE)
+        # The word itself comes before others that begin with it: art before artist.
+        begin = rf"\b{re.escape(word)}"
+        match = re.search(rf"{begin}\b", sentence, re.IGNORECASE)
+        match = match or re.search(begin, sentence, re.IGNORECASE)
         if match is None:
             raise BadField("word", f"is {word!r}, which sentence1 does not contain; add start1")
         start = match.start()
