@@ -146,6 +146,16 @@ def test_what_cannot_be_scored_or_followed_is_refused(models, folders):
         model.generate_until(made.instances("generate_until", [("a", {"max_gen_toks": 64})]))
     with pytest.raises(ValueError, match="unknown beams in --model_args; there are workdir"):
         MtnlgLM(str(folders["gpt2"]), beams=3)
+    for wrong, message in (
+        ({"max_length": "abc"}, "max_length=abc must be a whole number of at least 2"),
+        ({"block_tokens": 0}, "block_tokens=0 must be a whole number of at least 1"),
+        ({"add_bos_token": "maybe"}, "add_bos_token=maybe must be True or False"),
+        ({"checkpoint": "newest"}, "checkpoint=newest in --model_args is neither best nor last"),
+        ({"workdir": ""}, "names no model; give workdir=RUN"),
+        ({"prefix_token_id": 999}, r"prefix_token_id=999 is outside .* 0 to"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MtnlgLM(**{"workdir": str(folders["gpt2"]), "dtype": None} | wrong)
     with pytest.raises(ValueError, match="tensor=0"):
         MtnlgLM(str(folders["gpt2"]), tensor=0)
     with pytest.raises(ValueError, match="no chat template"):
