@@ -120,7 +120,7 @@ def test_contexts_are_read_once_and_few_programs_are_compiled(models, monkeypatc
     words = ["the", "cat", "sat", "mat", "in", "at", "on", "street"]
     draws = np.random.default_rng(0)
     requests = []
-    for _ in range(250):
+    for _ in range(100):
         context = " ".join(draws.choice(words, draws.integers(5, 25)))
         requests += [(context, f" {' '.join(draws.choice(words, 3))}") for _ in range(4)]
     model = models["gpt2"]

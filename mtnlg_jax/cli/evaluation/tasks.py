@@ -142,7 +142,7 @@ def measure(held: dict[str, str]) -> None:
         **held,
     )
     if OUTPUT.value is None and devices.on_first_process():
-        stored.earlier(*_place(loaded.step))  # another file there is told before any work
+        stored.earlier(*_place(loaded.step))  # refuses another file before any work
     results = _scored(tasks, decoder, loaded, shots)
     for task in results["tasks"].values():
         # A file of a run also keeps tasks that other code scored.

@@ -182,7 +182,7 @@ def anli(row: Row) -> Row:
 
 
 def hans(row: Row) -> Row:
-    """The fields of the prompt, and those by which accuracy is told apart ("" where unknown)."""
+    """The fields of the prompt, and those that split accuracy into parts ("" where unknown)."""
     label = _label(row, 2, "label", "gold_label", words=ENTAILMENT)
     return {
         "premise": _text(row, "premise", "sentence1"),
@@ -377,10 +377,10 @@ def shape(form: str | None, rows: Rows, task: str, left_out: list[str] | None = 
         try:
             made.append(FORMS[form](row))
         except BadField as error:
-            told = f"{place}: the task {task} needs the field {error.name!r}, which {error}"
+            message = f"{place}: the task {task} needs the field {error.name!r}, which {error}"
             if left_out is None:
-                raise ValueError(told) from None
-            left_out.append(told)
+                raise ValueError(message) from None
+            left_out.append(message)
             continue
         places.append(place)
     if not made and left_out:

@@ -67,6 +67,6 @@ def replaced(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     for name in before.keys() & now.keys():
         different = [key for key in OF_RUN if before[name].get(key) != now[name].get(key)]
         if different:
-            shown = (f"{key} {before[name].get(key)}" for key in different if key != "prompt_hash")
+            shown = (f"{key}={before[name].get(key)}" for key in different if key != "prompt_hash")
             found[name] = ", ".join(shown) or "other prompts"
     return found

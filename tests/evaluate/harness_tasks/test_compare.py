@@ -108,7 +108,7 @@ def test_the_file_of_a_run_keeps_earlier_tasks(tmp_path):
     kept = stored.earlier(folder, name)["t"]
     assert (kept["commit"], kept["created"], kept["versions"]) == ("c1", "then", None)
     assert stored.replaced({"t": kept}, {"t": kept, "new": kept}) == {}
-    assert stored.replaced({"t": kept | {"limit": 9}}, {"t": kept}) == {"t": "limit 9"}
+    assert stored.replaced({"t": kept | {"limit": 9}}, {"t": kept}) == {"t": "limit=9"}
     assert stored.replaced({"t": kept}, {"t": kept | {"prompt_hash": "q"}}) == {
         "t": "other prompts"
     }
