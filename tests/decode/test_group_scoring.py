@@ -33,6 +33,9 @@ def draw_groups(tiny, seed=0):
     groups.append((shared, [[each] for each in range(9)]))
     groups.append((shared[:7], [[3, 4], [3, 4], [3], [3, 4, 5], []]))
     groups.append((tokens(tiny.decoder.context - 8), [tokens(8), tokens(2)]))
+    # Of one token; with a continuation that spells another context, and the same row cut elsewhere.
+    groups.append((shared[:1], [shared[1:7], shared[1:9], shared[:1]]))
+    groups.append((shared[:8], [shared[8:9]]))
     return groups
 
 
