@@ -12,9 +12,9 @@ A text of any length, shaded by the loss of each token, with what the model expe
 
     python launch/inspect.py --workdir=RUN --mode=loss --input=FILE
 
-Which activations carry the difference between two prompts of as many tokens: each one of the clean
-prompt is put into the pass of the corrupt one, and the share of the logit difference between two
-answers that returns is measured:
+Which activations carry the difference between two prompts with the same number of tokens: each one
+of the clean prompt is put into the pass of the corrupt one, and the share of the logit difference
+between two answers that returns is measured:
 
     python launch/inspect.py --workdir=RUN --mode=patch --clean="Paris is in" \\
         --corrupt="Rome is in" --answers=" France" --answers=" Italy"

@@ -44,12 +44,12 @@ with command.flag_group("Energy"):
     _WATTS = flags.DEFINE_float(
         "watts_per_device",
         None,
-        "power of a device; default: the vendor's figure where it is known",
+        "watts of a device; default: the vendor's figure where it is known",
     )
     _PUE = flags.DEFINE_float(
         "pue", None, "power of the data center over that of its machines, at least 1"
     )
-    _CARBON = flags.DEFINE_float("carbon_kg_per_kwh", None, "kg of carbon dioxide of a kWh")
+    _CARBON = flags.DEFINE_float("carbon_kg_per_kwh", None, "kg of carbon dioxide per kWh")
 
 
 def main() -> None:

@@ -62,8 +62,10 @@ class HeldOutSources:
         read = np.zeros(len(self), np.int64)
         for source in self.of_rows(held_out.source, held_out.window):
             read += np.bincount(source[:-1], minlength=len(self))
-        part = []
-        window = []
+        part: list[int] = []
+        window: list[int] = []
+        # A row twice would count its tokens twice.
+        rows = set(zip(held_out.source.tolist(), held_out.window.tolist(), strict=True))
         for number, (ends, numbers) in enumerate(zip(self._ends, self._numbers, strict=True)):
             sizes = np.diff(ends, prepend=0)
             last = heldout_count(held_out.sources[number], self._length) - 1
@@ -73,8 +75,11 @@ class HeldOutSources:
                 if read[source] < min(self._length, own.sum()) / 2:
                     # The middle of its longest span, of which a window holds most.
                     middle = ends[own.argmax()] - own.max() // 2 - 1
-                    part.append(number)
-                    window.append(min(middle // self._length, last))
+                    row = number, int(min(middle // self._length, last))
+                    if row not in rows:
+                        rows.add(row)
+                        part.append(row[0])
+                        window.append(row[1])
         return np.array(part, np.int64), np.array(window, np.int64)
 
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable
 
 from mtnlg_jax import storage
+from mtnlg_jax.config import Config
 from mtnlg_jax.data.store.megatron import open_megatron, prefix_of
 from mtnlg_jax.data.store.prepared import PREPARED
 
@@ -16,6 +17,12 @@ CANARIES = "canaries.json"
 _OF_PREPARED = ("fingerprint", "tokenizer", "train", "heldout", "sources", "settings", "input")
 _OF_REPORT = ("name", "settings", "blend", "train_tokens", "tokens", "outputs")
 _OF_STAGE = ("name", "documents", "bytes", "dropped", "changed", "tables", "note")
+
+
+def paths_of(config: Config) -> list[str]:
+    """Return the data of a run: the paths of all its stages, each once."""
+    blends = [stage.blend or config.data.sources for stage in config.train.stages]
+    return list(dict.fromkeys(path for blend in blends for path, _ in blend))
 
 
 def provenance(paths: Iterable[str]) -> list[dict]:

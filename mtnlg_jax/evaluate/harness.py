@@ -45,7 +45,7 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 class MtnlgLM(TemplateLM):
     """A run, a Hugging Face folder or a GGUF file as a model of lm-evaluation-harness."""
 
-    def __init__(self, workdir: str, checkpoint: str = "best", **given: Any) -> None:
+    def __init__(self, workdir: str = "", checkpoint: str = "best", **given: Any) -> None:
         """Load a model.
 
         Args:
@@ -59,8 +59,13 @@ class MtnlgLM(TemplateLM):
         """
         registry.register()
         compat.configure_cache()
-        loading = {name: given.pop(name) for name in _LOADING if given.get(name) is not None}
+        asked = {name: given.pop(name, None) for name in _LOADING}
+        loading = {name: value for name, value in asked.items() if value is not None}
         _check(given)
+        if not workdir:
+            raise ValueError("--model_args names no model; give workdir=RUN")
+        if checkpoint not in ("best", "last"):
+            raise ValueError(f"checkpoint={checkpoint} in --model_args is neither best nor last")
         options.join_processes()
         check = loading.pop("memory_check", True)
         mesh = options.mesh_of({axis: loading.pop(axis, None) for axis in options.AXES})
@@ -111,6 +116,12 @@ class MtnlgLM(TemplateLM):
         if max_length is not None and not 2 <= max_length <= decoder.context:
             raise ValueError(
                 f"max_length={max_length} is outside [2, {decoder.context}], the model's positions"
+            )
+        vocabulary = decoder.config.vocabulary
+        if prefix_token_id is not None and prefix_token_id >= vocabulary:
+            raise ValueError(
+                f"prefix_token_id={prefix_token_id} is outside the model's vocabulary, 0 to "
+                f"{vocabulary - 1}"
             )
         if block_tokens is None:
             block_tokens = options.block_tokens(decoder.config, decoder.mesh, decoder.block_tokens)
@@ -376,6 +387,15 @@ class MtnlgLM(TemplateLM):
 
 _LOADING = ("dtype", "weights", "memory_check", *options.AXES)
 _OF = tuple(MtnlgLM._begin.__kwdefaults__ or ())
+# The smallest values of the options that are whole numbers.
+_LEAST = {
+    "max_length": 2,
+    "max_gen_toks": 1,
+    "prefix_token_id": 0,
+    "seed": 0,
+    "max_batch_size": 1,
+    "block_tokens": 1,
+}
 
 
 def _named(texts: tuple[str, str] | None) -> str:
@@ -383,13 +403,20 @@ def _named(texts: tuple[str, str] | None) -> str:
 
 
 def _check(given: dict[str, Any]) -> None:
-    """Raise ValueError if ``given`` has a name that no option has."""
+    """Raise ValueError if ``given`` has a name that no option has, or a value that none can be."""
     unknown = sorted(set(given) - set(_OF))
     if unknown:
         known = ("workdir", "checkpoint", *_LOADING, *_OF)
         raise ValueError(
             f"unknown {', '.join(unknown)} in --model_args; there are {', '.join(known)}"
         )
+    for name, least in _LEAST.items():
+        value = given.get(name)
+        if value is not None and (type(value) is not int or value < least):
+            raise ValueError(f"{name}={value} must be a whole number of at least {least}")
+    adds = given.get("add_bos_token")
+    if not isinstance(adds, bool | None):
+        raise ValueError(f"add_bos_token={adds} must be True or False")
 
 
 def _rows(batch_size: int | str, most: int | None) -> int:

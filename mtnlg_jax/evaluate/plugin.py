@@ -17,7 +17,6 @@ class Finder:
     def find_spec(cls, name, path=None, target=None):
         if name != "lm_eval.models":
             return None
-        sys.meta_path.remove(cls)
         from importlib.machinery import PathFinder
 
         spec = PathFinder.find_spec(name, path)
@@ -25,6 +24,9 @@ class Finder:
             execute = spec.loader.exec_module
 
             def exec_module(module):
+                # Only now: others may look for the module and not import it.
+                if cls in sys.meta_path:
+                    sys.meta_path.remove(cls)
                 execute(module)
                 cls.add(module)
 

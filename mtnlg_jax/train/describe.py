@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config, TrainConfig, to_json
-from mtnlg_jax.data.provenance import provenance
+from mtnlg_jax.data.provenance import paths_of, provenance
 from mtnlg_jax.parallel.mesh import described, plan_table
 from mtnlg_jax.storage import write_file
 from mtnlg_jax.train import lora
@@ -191,13 +191,12 @@ def write(config: Config, workdir: str, first: int) -> None:
 
 
 def _data(config: Config) -> bytes:
-    blends = [config.data.sources, *(stage.blend for stage in config.train.stages)]
-    paths = [path for blend in blends for path, _ in blend]
+    paths = paths_of(config)
     # A file that cannot be read matters to no step; opening the data has told what does.
     try:
         found = provenance(paths)
     except (OSError, ValueError):
-        found = [{"path": path} for path in dict.fromkeys(paths)]
+        found = [{"path": path} for path in paths]
     return json.dumps({"sources": found}, indent=1).encode()
 
 

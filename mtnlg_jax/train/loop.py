@@ -110,8 +110,6 @@ def train(
             saving = stopping or saver.is_due() or due(config.train.save_every, done)
             if evaluating or saving or scoring:
                 reporter.report()  # this step, whose loss decides whether the state is healthy
-                if scoring:
-                    score_tasks(state.params, done, show_progress)
                 watchdog.enter("evaluation or saving")
                 result = _evaluate(evaluate, state, done, log, show_progress) if evaluating else {}
                 metric = _metric(result)
@@ -121,6 +119,8 @@ def train(
                     meta = _meta(config, identity, samples, result, ledger, done)
                     save = functools.partial(save_state, done, state, meta, metric)
                     best = min(best, metric) if saver.save(save) else best
+                if scoring:  # after the save, so that an error here does not cost the state
+                    score_tasks(state.params, done, show_progress)
                 if evaluating and enough(log.evaluations()) and not stopping:
                     break
                 if not stopping and done < config.train.steps:

@@ -1,6 +1,6 @@
 """Scores of tasks while a run trains: when they are due, their records and their cost.
 
-What scores is in `mtnlg_jax.evaluate.in_training`, above this package; `train` is given it.
+The scorer is in `mtnlg_jax.evaluate.in_training`, above this package; `train` receives it.
 """
 
 import time

@@ -150,3 +150,13 @@ def test_more_items_go_before_their_places():
     found = canaries.interleaved("abc", [1, 2, 3, 4], [0, 2, 2, 3])
     assert [*found] == [1, "a", "b", 2, 3, "c", 4]
     assert [*canaries.interleaved("", [1, 2], [0, 0])] == [1, 2]
+
+
+def test_the_order_of_copies_and_their_places_are_drawn_apart(monkeypatch):
+    seeds = []
+    plain = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or plain(seed))
+    canaries.shuffled_copies([], 5)
+    canaries.places(3, 10, 5)
+    # numpy fills up short seeds with zeros.
+    assert len({tuple(seed + [0] * (4 - len(seed))) for seed in seeds}) == 2

@@ -69,6 +69,18 @@ def test_a_source_that_no_row_reads_gets_a_row_of_its_own(mixed):
     assert (rows["tokens"] == kinds["rare"]).any()
 
 
+def test_sources_in_one_row_share_the_row_that_is_added(mixed):
+    tokens, _ = mixed
+    total = len(tokens)
+    tokens.meta["sources"] = [["rare", 3], ["odd", 3], ["web", total - 9], ["rare", 3]]
+    for rows in (1, 2, 5, 1000):
+        held_out = HeldOut([(tokens, 1.0)], LENGTH, rows)
+        sources = HeldOutSources(held_out, LENGTH)
+        read = [*held_out.window, *sources.window]
+        assert len(set(read)) == len(read)
+        assert 0 in read  # it has both
+
+
 def test_a_record_that_does_not_fit_counts_as_one_source(mixed):
     tokens, _ = mixed
     tokens.meta["sources"][0][1] += 1

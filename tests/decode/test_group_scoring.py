@@ -33,6 +33,9 @@ def draw_groups(tiny, seed=0):
     groups.append((shared, [[each] for each in range(9)]))
     groups.append((shared[:7], [[3, 4], [3, 4], [3], [3, 4, 5], []]))
     groups.append((tokens(tiny.decoder.context - 8), [tokens(8), tokens(2)]))
+    # Of one token; with a continuation that spells another context, and the same row cut elsewhere.
+    groups.append((shared[:1], [shared[1:7], shared[1:9], shared[:1]]))
+    groups.append((shared[:8], [shared[8:9]]))
     return groups
 
 
@@ -127,7 +130,8 @@ def test_int8_weights_score_as_their_rows_do(rotary):
 
 def test_a_single_group_scores_as_its_rows_do(rotary):
     """Its block has fewer places than a part of the head, or not a multiple of it."""
-    for group in draw_groups(rotary):
+    groups = draw_groups(rotary)
+    for group in (groups[0], *groups[-3:]):
         found = flat(score_groups(rotary.decoder._replace(block_tokens=16), [group]))
         many = [each for each in group[1] if each]
         want = expected(rotary.decoder, [(group[0], many)])

@@ -24,7 +24,8 @@ from mtnlg_jax.config import (
 )
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.decode.load import load_decoder
-from mtnlg_jax.evaluate.in_training import RESAMPLES, RunTasks
+from mtnlg_jax.evaluate.in_training import RESAMPLES, RunTasks, TaskScorer
+from mtnlg_jax.evaluate.why.states import kept_steps
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import loop
 from mtnlg_jax.train.checkpoint import load_run
@@ -189,22 +190,16 @@ def test_a_resumed_run_writes_the_same_scores(folders, trained, tmp_path, monkey
     class Stop(Exception):
         pass
 
-    real = loop.batch_at
-
-    def failing(config, mesh, data, step, samples):
-        if step == 3:
-            raise Stop
-        return real(config, mesh, data, step, samples)
+    def failing(self, params):
+        raise Stop
 
     config = config_of(folders)
-    monkeypatch.setattr(loop, "batch_at", failing)
+    monkeypatch.setattr(TaskScorer, "__call__", failing)
     with pytest.raises(Stop):
         loop.train(config, str(tmp_path), False, tasks=RunTasks(config))
     monkeypatch.undo()
-    # As after a signal, whose state was saved and not scored.
-    path = tmp_path / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if '"tasks"' not in line))
+    # The state was saved and not scored, as after a signal.
+    assert kept_steps(str(tmp_path)) == [2] and not scores_in(tmp_path)
     loop.train(config, str(tmp_path), False, tasks=RunTasks(config))
     assert scores_in(tmp_path) == scores_in(trained.workdir)
 

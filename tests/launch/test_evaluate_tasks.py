@@ -118,3 +118,5 @@ def test_a_model_of_another_project_needs_a_place(ask, folder):
     (folder / "model/config.json").write_text('{"model_type": "gpt2"}')
     code, out, err = ask("--workdir={folder}/model", "--tasks=piqa", "--task_data={folder}/data")
     assert code == 2 and "not a run of ours; name the file of the results with --output" in err
+    code, out, err = ask("--tasks=piqa", "--task_data={folder}/data", "--adapter=tuned")
+    assert code == 2 and "--adapter=tuned makes another model of the run" in err

@@ -158,7 +158,7 @@ def test_influence_of_given_passages(ask):
         (["--mode=loss", "--text=the whale", "--stride=17"], "stride=17"),
         (
             ["--mode=patch", "--clean=the whale", "--corrupt=the", "--answers=a", "--answers=b"],
-            "as many tokens in both",
+            "the same number in both",
         ),
         (
             ["--mode=patch", "--clean=the", "--corrupt=whale", "--answers=a"],
@@ -171,7 +171,15 @@ def test_influence_of_given_passages(ask):
         (["--mode=influence"], "needs --continuation"),
         (["--mode=influence", "--continuation=a", "--length=17"], "--length=17 is outside"),
         (["--mode=influence", "--continuation=a", "--damping=-1"], "--damping=-1"),
+        (["--mode=influence", "--continuation=a", "--damping=nan"], "--damping=nan must be"),
         (["--mode=influence", "--continuation=a"], "is not a run"),
+        (
+            [
+                *("--mode=influence", "--continuation=a", "--rank=999"),
+                "--passages={folder}/texts.jsonl",
+            ],
+            "--rank=999 is outside",
+        ),
     ],
 )
 def test_bad_input_is_one_line(ask, arguments, words):

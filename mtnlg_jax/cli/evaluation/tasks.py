@@ -67,6 +67,11 @@ def check() -> None:
             f"--workdir={score.WORKDIR.value} is a model of another project, not a run of ours; "
             "name the file of the results with --output=FILE"
         )
+    if OUTPUT.value is None and score.ADAPTER.value is not None:
+        raise ValueError(
+            f"--adapter={score.ADAPTER.value} makes another model of the run, whose own results "
+            "are in its folder; name the file of the results with --output=FILE"
+        )
 
 
 def check_files() -> None:
@@ -136,19 +141,19 @@ def measure(held: dict[str, str]) -> None:
         before=lambda config, _: _check_memory(config, held),
         **held,
     )
-    # A run's own file keeps the other tasks of the same step.
-    own = OUTPUT.value is None and devices.on_first_process()
-    before = stored.earlier(*_place(loaded.step)) if own else {}
+    if OUTPUT.value is None and devices.on_first_process():
+        stored.earlier(*_place(loaded.step))  # refuses another file before any work
     results = _scored(tasks, decoder, loaded, shots)
     for task in results["tasks"].values():
-        task["held"] = held
+        # A file of a run also keeps tasks that other code scored.
+        task |= {"held": held} | {key: results[key] for key in stored.OF_CODE}
     log = report.log_lines(results["tasks"])
     differences = None if other is None else compare.compare(results, other)
     if differences is not None:
         results["differences"] = {"against": COMPARE.value, "metrics": differences}
     _print(results, differences)
     if devices.on_first_process():
-        _write(results, log, before)
+        _write(results, log)
 
 
 def _scored(
@@ -156,9 +161,10 @@ def _scored(
 ) -> dict[str, Any]:
     from mtnlg_jax.evaluate.harness import MtnlgLM
     from mtnlg_jax.evaluate.harness_tasks import run
+    from mtnlg_jax.evaluate.records import header
 
     seed = longtext.SEED.value if longtext.SEED.present else run.SEED
-    return run.stamp(loaded.step) | {
+    return header(run.KIND, loaded.step, ("lm_eval",)) | {
         "workdir": score.WORKDIR.value,
         "tasks": run.evaluate_tasks(
             MtnlgLM.of(decoder, loaded.tokenizer),
@@ -196,10 +202,14 @@ def _place(step: int) -> tuple[str, str]:
     return folder or os.curdir, name
 
 
-def _write(results: dict[str, Any], log: bytes, before: dict[str, Any]) -> None:
-    from mtnlg_jax.evaluate.harness_tasks import plots, report
+def _write(results: dict[str, Any], log: bytes) -> None:
+    from mtnlg_jax.evaluate.harness_tasks import plots, report, stored
 
     folder, name = _place(results["step"])
+    # A run's own file keeps the other tasks of the same step, also those scored meanwhile.
+    before = stored.earlier(folder, name) if OUTPUT.value is None else {}
+    for task, why in stored.replaced(before, results["tasks"]).items():
+        devices.note(f"{task}: replaces earlier results of {why}")
     together = results | {"tasks": before | results["tasks"]}
     storage.write_file(folder, name, report.as_json(together))
     devices.note(f"results: {storage.join(folder, name)}")

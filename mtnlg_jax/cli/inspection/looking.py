@@ -1,4 +1,4 @@
-"""What each mode of launch/inspect.py does after its flags are checked."""
+"""Run a mode of launch/inspect.py whose flags were checked."""
 
 from typing import TYPE_CHECKING
 

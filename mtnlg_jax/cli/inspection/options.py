@@ -1,5 +1,6 @@
 """The flags of launch/inspect.py, and which of them each mode takes."""
 
+import math
 import os
 
 from absl import flags
@@ -34,7 +35,9 @@ with command.flag_group("A text (lens, attention, loss)"):
     LAYER = flags.DEFINE_integer("layer", None, "attention: layer to show token by token")
 with command.flag_group("Two prompts (patch)"):
     CLEAN = flags.DEFINE_string("clean", None, "prompt behind which the first answer is likely")
-    CORRUPT = flags.DEFINE_string("corrupt", None, "prompt of as many tokens, behind which not")
+    CORRUPT = flags.DEFINE_string(
+        "corrupt", None, "prompt with the same number of tokens, behind which it is not"
+    )
     ANSWERS = flags.DEFINE_multi_string("answers", [], "an answer; give two, the clean one first")
 with command.flag_group("Training passages (influence)"):
     PROMPT = flags.DEFINE_string("prompt", "", "text before the continuation")
@@ -87,8 +90,8 @@ def check() -> None:
                 )
     if mode == "loss" and (TEXT.value is None) == (INPUT.value is None):
         raise ValueError("--mode=loss needs one of --text and --input")
-    if DAMPING.value < 0:
-        raise ValueError(f"--damping={DAMPING.value} must be 0 or more")
+    if not 0 <= DAMPING.value < math.inf:
+        raise ValueError(f"--damping={DAMPING.value} must be a number from 0 on")
 
 
 def folder() -> str:

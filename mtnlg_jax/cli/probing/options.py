@@ -59,7 +59,12 @@ with command.flag_group("Sampling"):
         "min_count", 10, "outputs below which a word is left out of the tables", lower_bound=1
     )
     SEED = flags.DEFINE_integer(
-        "seed", 0, "seed of sampling and of intervals", lower_bound=0, upper_bound=2**32 - 1
+        # Each has the random numbers of 2^22 outputs, of 2^32.
+        "seed",
+        0,
+        "seed of sampling and of intervals",
+        lower_bound=0,
+        upper_bound=1023,
     )
 with command.flag_group("Paired sentences"):
     PAIRS = command.define_paths(

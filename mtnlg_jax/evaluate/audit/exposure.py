@@ -190,6 +190,7 @@ def summarize(canaries: Sequence[Canary], found: Sequence[Exposure]) -> list[dic
                 "chance": float(np.mean([chance(each.ranked) for each in own])),
                 "chance_probability": chance_probability([each.by_rank for each in own]),
                 "first": sum(each.rank <= 1 for each in own),
+                "ranked": max(each.ranked for each in own),
             }
         )
     return rows

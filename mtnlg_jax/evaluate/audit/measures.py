@@ -19,14 +19,16 @@ from mtnlg_jax.evaluate.audit.extraction import Lengths
 from mtnlg_jax.evaluate.audit.planted import check_planted
 from mtnlg_jax.evaluate.audit.scoring import TokenScores, score_tokens
 from mtnlg_jax.evaluate.audit.settings import PARTS, AuditSettings
-from mtnlg_jax.evaluate.audit.sources import Passage, Source, draw_passages
+from mtnlg_jax.evaluate.audit.sources import Passage, Source, draw_passages, held_out_of
 
 # Passages are counted for each that is measured, so that some stand more than once.
 _POOL = 20
+# Draws of passages, each with random numbers of its own.
+_PURPOSES = ("train", "heldout", "members", "personal_data")
 _EXAMPLES = 10
 _SHOWN = 60  # characters of an excerpt that is not shown whole
 _PROMPT = 16  # tokens of training text before half of the texts that are searched
-_LEAST_HELDOUT = 10  # passages
+_LEAST_PASSAGES = 10  # of the training and of the held-out text of a source, for membership
 
 
 class Inputs(NamedTuple):
@@ -56,7 +58,9 @@ class Measures:
         self._settings = settings
         self._found = found
         self._silent = None if progress else True  # None: a bar on a terminal only
-        self._parts = [part for source in found.sources for part in source.train]
+        # Each once: a run may name an output of a recipe and one of its sources as well.
+        parts = {part.location: part for source in found.sources for part in source.train}
+        self.parts = list(parts.values())
         self._pool: list[Passage] = []
         self._counts = np.zeros(0, np.int64)
         self._heldout: list[Passage] = []
@@ -88,15 +92,16 @@ class Measures:
         held = [self._heldout, *(others for _, others in self._groups.values())]
         wanted = [self._tokenizer.encode(each.text) for each in canaries]
         wanted += [each.tokens.tolist() for group in (self._pool, *held) for each in group]
-        if not wanted:
-            return
-        total = sum(map(len, self._parts))
-        with self._bar("counting passages", total, " tokens") as bar:
-            counts = count_sequences(self._parts, wanted, bar.update)
+        # Nothing to count: nothing is read.
+        parts = self.parts if wanted else []
+        with self._bar("counting passages", sum(map(len, parts)), " tokens") as bar:
+            counts = count_sequences(parts, wanted, bar.update)
         first = len(canaries) + len(self._pool)
         check_planted(canaries, counts[: len(canaries)], self._found.sources)
         self._counts = counts[len(canaries) : first]
         self._drop_copies(counts[first:])
+        if self._measured("membership"):
+            self._check_groups()
         self.counting = time.monotonic() - began
 
     def _drop_copies(self, counts: np.ndarray) -> None:
@@ -124,9 +129,9 @@ class Measures:
 
     def _drawn(self, which: str, count: int) -> list[Passage]:
         """Return passages for extraction, of all sources by their size."""
-        rng = np.random.default_rng([self._settings.seed, len(which)])
+        rng = np.random.default_rng([self._settings.seed, _PURPOSES.index(which)])
         sources = self._found.sources
-        parts = self._parts
+        parts = self.parts
         if which == "heldout":
             parts = [*{source.heldout.location: source.heldout for source in sources}.values()]
         length = self._found.lengths.passage
@@ -135,22 +140,30 @@ class Measures:
     def _draw_members(self) -> None:
         """Draw passages of the training and of the held-out text of each source, as many of each,
         none of which overlap."""
-        longest = 0
         for number, source in enumerate(self._found.sources):
-            rng = np.random.default_rng([self._settings.seed, 7, number])
+            rng = np.random.default_rng([self._settings.seed, _PURPOSES.index("members"), number])
             common = (self._tokenizer, self._found.member_tokens)
             most = self._settings.passages
-            others = draw_passages(source.path, [source.heldout], *common, most, rng, True)
-            longest = max(longest, len(others))
-            if len(others) >= _LEAST_HELDOUT:
-                members = draw_passages(source.path, source.train, *common, len(others), rng, True)
-                self._groups[source.path] = (members, others)
+            own = held_out_of(source)
+            others = draw_passages(source.path, [source.heldout], *common, most, rng, True, own)
+            members = draw_passages(source.path, source.train, *common, len(others), rng, True)
+            self._groups[source.path] = (members, others)
+
+    def _check_groups(self) -> None:
+        """Leave out sources with too few passages to compare, and the part if none has enough."""
+        groups = self._groups
+        self._groups = {
+            name: pair for name, pair in groups.items() if min(map(len, pair)) >= _LEAST_PASSAGES
+        }
         if not self._groups:
+            tokens = self._found.member_tokens
+            members, others = (max(len(pair[half]) for pair in groups.values()) for half in (0, 1))
             self._skip(
                 "membership",
-                f"the held-out text has {longest} passages of {self._found.member_tokens} tokens "
-                f"that do not overlap, and membership needs {_LEAST_HELDOUT}; give fewer "
-                "--member_tokens, or hold more text out (--heldout of launch/prepare_data.py)",
+                f"the training text has {members} passages and the held-out text {others} of "
+                f"{tokens} tokens that do not overlap and are not in both, and membership needs "
+                f"{_LEAST_PASSAGES} of each; give fewer --member_tokens, or hold more text out "
+                "(--heldout of launch/prepare_data.py)",
             )
 
     @contextlib.contextmanager
@@ -295,10 +308,8 @@ class Measures:
 
     def measure_personal_data(self) -> dict[str, Any]:
         settings = self._settings
-        rng = np.random.default_rng([settings.seed, 11])
-        prompted = draw_passages(
-            "", self._parts, self._tokenizer, _PROMPT, settings.texts // 2, rng
-        )
+        rng = np.random.default_rng([settings.seed, _PURPOSES.index("personal_data")])
+        prompted = draw_passages("", self.parts, self._tokenizer, _PROMPT, settings.texts // 2, rng)
         prompts: list[list[int]] = [each.tokens.tolist() for each in prompted]
         # Those without a prompt begin a document.
         prompts = [[self._tokenizer.bos_id]] * (settings.texts - len(prompts)) + prompts
@@ -313,9 +324,9 @@ class Measures:
                 bar.update,
             )
         found = personal_data.find(texts)
-        with self._bar("searching", sum(map(len, self._parts)), " tokens") as bar:
+        with self._bar("searching", sum(map(len, self.parts)), " tokens") as bar:
             total, known = personal_data.summarize(
-                texts, found, self._parts, self._tokenizer, bar.update
+                texts, found, self.parts, self._tokenizer, bar.update
             )
         total["prompted"] = len(prompted)
         total["examples"] = [

@@ -55,8 +55,13 @@ def find(texts: Sequence[str]) -> list[Found]:
     """Return all finds of the recipe's rules."""
     found = []
     for text in texts:
+        searched: dict[str, int] = {}  # a string may stand in several lines
         for kind, string in pii.find(text):
-            start = text.find(string)
+            start = text.find(string, searched.get(string, 0))
+            if start < 0:  # a part of it was masked as another kind
+                found.append(Found(kind, string, string))
+                continue
+            searched[string] = start + len(string)
             line_start = text.rfind("\n", 0, start) + 1
             line_end = text.find("\n", start + len(string))
             line = text[line_start : len(text) if line_end < 0 else line_end]

@@ -8,12 +8,15 @@ import numpy as np
 from mtnlg_jax import storage
 from mtnlg_jax.data.canaries import CANARIES, Canary, read_canaries
 from mtnlg_jax.data.store.megatron import prefix_of
-from mtnlg_jax.evaluate.audit.sources import Source
+from mtnlg_jax.evaluate.audit.sources import Source, home_of, name_in_recipe
 
 
 def canaries_of(sources: Sequence[Source], given: str | None = None) -> list[Canary]:
     """Return the canaries that were planted in ``sources``, or those of the file ``given``; [] if
-    nothing records any. Raise ValueError or FileNotFoundError if a file is damaged or missing."""
+    nothing records any. Raise ValueError or FileNotFoundError if a file is damaged or missing.
+
+    Folders that were prepared with one --seed have the same canaries: their copies add up.
+    """
     if given is not None:
         folder, name = os.path.split(given)
         found = read_canaries(folder or os.curdir, name)
@@ -22,18 +25,22 @@ def canaries_of(sources: Sequence[Source], given: str | None = None) -> list[Can
                 f"{given} does not exist; give the {CANARIES} of a folder of launch/prepare_data.py"
             )
         return found
-    canaries: list[Canary] = []
+    # By folder and text: a run may name an output of a recipe and one of its sources as well.
+    planted: dict[str, dict[str, Canary]] = {}
     for source in sources:
         if prefix_of(source.path):
             continue
         # One source of a recipe's output has the file of the whole output.
-        output, _, name = source.path.rstrip("/").rpartition("/sources/")
-        whole = not output or storage.exists(source.path, CANARIES)
-        here = {each.location.rstrip("/").split("/")[-2] for each in source.train}
-        for each in read_canaries(source.path if whole else output) or []:
-            if not each.source or each.source in (here if whole else {name}):
-                canaries.append(each)
-    return canaries
+        home = source.path if storage.exists(source.path, CANARIES) else home_of(source.path)
+        here = {name_in_recipe(each) for each in source.train}
+        for each in read_canaries(home) or []:
+            if not each.source or each.source in here:
+                planted.setdefault(home.rstrip("/"), {})[each.text] = each
+    together: dict[str, Canary] = {}
+    for each in (each for own in planted.values() for each in own.values()):
+        before = together[each.text].copies if each.text in together else 0
+        together[each.text] = each._replace(copies=before + each.copies)
+    return list(together.values())
 
 
 def check_planted(

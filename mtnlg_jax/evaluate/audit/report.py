@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mtnlg_jax.evaluate.audit.membership import NAMES
+from mtnlg_jax.evaluate.pages import load_template
 
 # Size of a chart and the space of its axes, in units of its viewBox.
 _WIDTH = 480
@@ -61,14 +62,9 @@ Value = tuple[str, float, float, float]
 
 def render(report: dict[str, Any]) -> str:
     """Return the page of a report of `run.audit`."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"share": _share, "number": _number, "between": _between}
     page = Path(__file__).with_name("page") / "report.html"
-    template = environment.from_string(page.read_text(encoding="utf-8"))
+    filters = {"share": _share, "number": _number, "between": _between, "percent": _percent}
+    template = load_template(page, filters)
     return template.render(
         report=report,
         facts=_facts(report),
@@ -110,15 +106,15 @@ def _exposure_chart(canaries: dict[str, Any]) -> Chart:
 
 def _extraction_chart(extraction: dict[str, Any]) -> Chart | None:
     series = {}
-    for name in ("training", "heldout"):
+    for name, title in (("training", "training text"), ("heldout", "held-out text")):
         shares = [(str(row["prefix"]), row["greedy"]) for row in extraction[name]]
         found = [
-            (name, 100 * each["share"], 100 * each["low"], 100 * each["high"])
-            for name, each in shares
+            (prefix, 100 * each["share"], 100 * each["low"], 100 * each["high"])
+            for prefix, each in shares
             if each["share"] is not None
         ]
         if found:
-            series[f"{name} text"] = found
+            series[title] = found
     if not series:
         return None
     most = max(high for values in series.values() for *_, high in values)
@@ -186,6 +182,10 @@ def _number(value: float | None, digits: int = 2) -> str:
     return f"{value:.1e}" if small else f"{value:,.{digits}f}"
 
 
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{_number(100 * value, 1)} %"
+
+
 def describe(report: dict[str, Any]) -> str:
     """Return the report in some lines for a terminal."""
     return "\n".join(lines(report))
@@ -218,8 +218,8 @@ def lines(report: dict[str, Any]) -> list[str]:
             each = row["exposure"]
             interval = "" if each["low"] is None else f" ({each['low']:.2f} to {each['high']:.2f})"
             found.append(
-                f"  {row['copies']:>4} copies: {each['mean']:.2f}{interval}, first of "
-                f"{canaries['candidates']:,} in {row['first']} of {each['count']}"
+                f"  {row['copies']:>4} copies: {each['mean']:.2f}{interval}, ranked "
+                f"first of {row['ranked']:,}: {row['first']} of {each['count']}"
             )
     if (membership := report["membership"]) is not None:
         found.append(

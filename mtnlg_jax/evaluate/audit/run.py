@@ -1,7 +1,6 @@
 """Audit a run: open its data, measure each part, and return one report."""
 
 import dataclasses
-import datetime
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,9 +16,8 @@ from mtnlg_jax.evaluate.audit.measures import Inputs, Measures
 from mtnlg_jax.evaluate.audit.planted import canaries_of
 from mtnlg_jax.evaluate.audit.settings import PARTS, AuditSettings, check
 from mtnlg_jax.evaluate.audit.sources import check_reference, open_run_data
+from mtnlg_jax.evaluate.records import header
 from mtnlg_jax.train.checkpoint import Before
-from mtnlg_jax.train.describe import commit
-from mtnlg_jax.train.metrics import environment
 
 
 def audit(
@@ -62,16 +60,11 @@ def audit(
     found = inputs[-1]
     work = Measures(found.tokenizer, decoder, settings, found, progress)
     work.draw()
-    report: dict[str, Any] = {
-        "kind": "audit",
-        "step": run.step,
-        "commit": commit(),
-        "versions": environment()["versions"],
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    report: dict[str, Any] = header("audit", run.step, ("scipy", "scikit-learn")) | {
         "workdir": str(workdir),
         "checkpoint": which,
         "data": [source.path for source in found.sources],
-        "tokens": sum(len(part) for source in found.sources for part in source.train),
+        "tokens": sum(map(len, work.parts)),
         "settings": dataclasses.asdict(settings),
         "skipped": found.skipped,
         "notes": _notes(run.meta, found, given=bool(data)) + work.notes,

@@ -1,13 +1,14 @@
 """The training text and the held-out text of a run, and random passages of them."""
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from mtnlg_jax import foreign, storage
 from mtnlg_jax.config import Config
+from mtnlg_jax.data.provenance import paths_of
 from mtnlg_jax.data.store.megatron import prefix_of
 from mtnlg_jax.data.store.sources import open_sources, spread
 from mtnlg_jax.data.store.tokens import Tokens
@@ -34,12 +35,6 @@ class Passage(NamedTuple):
     tokens: np.ndarray
 
 
-def paths_of(config: Config) -> list[str]:
-    """Return the data of a run: the paths of all its stages, each once."""
-    blends = [stage.blend or config.data.sources for stage in config.train.stages]
-    return list(dict.fromkeys(path for blend in blends for path, _ in blend))
-
-
 def open_run_data(
     workdir: str, config: Config, tokenizer: Tokenizer | None, given: Sequence[str] = ()
 ) -> tuple[Tokenizer, list[Source]]:
@@ -48,6 +43,11 @@ def open_run_data(
 
     Raises ValueError or FileNotFoundError, which name the way out, before any token is read.
     """
+    if all(stage.masked >= 1 for stage in config.train.stages):
+        raise ValueError(
+            f"every stage of {workdir} is masked, and an audit reads and writes text from left to "
+            "right; give a run with a causal stage"
+        )
     paths = list(dict.fromkeys(given or paths_of(config)))
     if not paths:
         raise ValueError(
@@ -78,7 +78,9 @@ def open_run_data(
     sources = []
     for path in paths:
         train = tuple(opened[part] for part, _ in spread([(path, 1.0)]))
-        sources.append(Source(path, train, heldout.get(path) or next(iter(heldout.values()))))
+        # One part for all paths where data.heldout names it. An empty one is false, but not absent.
+        held = heldout[path] if path in heldout else next(iter(heldout.values()))
+        sources.append(Source(path, train, held))
     return found, sources
 
 
@@ -112,7 +114,13 @@ def _same_ids(one: Tokenizer, other: Tokenizer) -> bool:
 def check_reference(workdir: str, tokenizer: Tokenizer, tokens: int) -> None:
     """Raise ValueError if the model in ``workdir`` cannot read passages of ``tokens`` tokens of
     ``tokenizer``, FileNotFoundError if there is none."""
-    config = config_of(workdir)
+    try:
+        config = config_of(workdir)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"--reference={workdir} holds no model; give a launch/pretrain.py run, a Hugging Face "
+            "folder or a GGUF file"
+        ) from None
     reader = foreign.reader_of(workdir)
     if reader is None:
         known = [load_tokenizer(storage.join(workdir, "tokenizer"))]
@@ -131,6 +139,33 @@ def check_reference(workdir: str, tokenizer: Tokenizer, tokens: int) -> None:
         )
 
 
+def held_out_of(source: Source) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function from positions in the held-out text to whether they are of ``source``.
+
+    The held-out text of a recipe's output is of all its sources, also where the run was trained on
+    OUT/sources/NAME alone. Its meta.json records which tokens are whose.
+    """
+    names = {name_in_recipe(each) for each in source.train}
+    shared = f"{home_of(source.path)}/heldout" == source.heldout.location.rstrip("/")
+    spans = source.heldout.meta.get("sources") if shared else None
+    if not spans or sum(count for _, count in spans) != len(source.heldout):
+        return lambda starts: np.ones(len(starts), bool)
+    ends = np.cumsum([count for _, count in spans])
+    own = np.array([name in names for name, _ in spans])
+    return lambda starts: own[np.searchsorted(ends, starts, side="right")]
+
+
+def home_of(path: str) -> str:
+    """Return OUT of OUT/sources/NAME, one source of a recipe's output; else ``path``."""
+    output, _, name = path.rstrip("/").rpartition("/sources/")
+    return output if output and "/" not in name else path.rstrip("/")
+
+
+def name_in_recipe(tokens: Tokens) -> str:
+    """Return NAME of the training text OUT/sources/NAME/train."""
+    return tokens.location.rstrip("/").split("/")[-2]
+
+
 def draw_passages(
     source: str,
     parts: Sequence[Tokens],
@@ -139,11 +174,15 @@ def draw_passages(
     count: int,
     rng: np.random.Generator,
     apart: bool = False,
+    wanted: Callable[[np.ndarray], np.ndarray] = lambda starts: np.ones(len(starts), bool),
 ) -> list[Passage]:
     """Return up to ``count`` random passages of ``length`` tokens, every position being equally
     likely; fewer if there are not as many.
 
-    ``apart``: none overlaps another, so that they are independent.
+    They are in random order, so the first of them are a random sample of all parts.
+
+    ``apart``: none overlaps another, so that they are independent. ``wanted``: of the positions in
+    a part, those at which a passage may start.
     """
     parts = [part for part in parts if len(part) >= length]
     rooms = np.array([len(part) - length + 1 for part in parts], np.int64)
@@ -158,19 +197,25 @@ def draw_passages(
         group = max(64, 2 * (count - len(found)))
         before = len(found)
         chosen = rng.choice(len(parts), group, p=rooms / rooms.sum())
+        starts = rng.integers(0, rooms[chosen])
+        read: dict[int, np.ndarray] = {}  # by draw
         for number in np.unique(chosen).tolist():
             part = parts[number]
-            drawn = rng.integers(0, rooms[number], int((chosen == number).sum()))
-            inside = part.document_of(drawn)[0] == part.document_of(drawn + length - 1)[0]
-            free = [
-                start for start in drawn[inside].tolist() if _is_free(taken[number], start, least)
-            ]
-            rows = part.read_windows(np.array(free, np.int64), length) if free else []
-            for start, row in zip(free, rows, strict=True):
-                if np.isin(row, ends).any() or not _is_free(taken[number], start, least):
-                    continue
-                bisect.insort(taken[number], start)
-                found.append(Passage(source, start, row))
+            own = np.flatnonzero(chosen == number)
+            begun = part.document_of(starts[own])[0]
+            ended = part.document_of(starts[own] + length - 1)[0]
+            own = own[(begun == ended) & wanted(starts[own])]
+            own = own[[_is_free(taken[number], start, least) for start in starts[own]]]
+            rows = part.read_windows(starts[own], length) if len(own) else []
+            read |= zip(own.tolist(), rows, strict=True)
+        # Not part by part: of these, the first are taken.
+        for draw, row in sorted(read.items()):
+            start = int(starts[draw])
+            before_it = taken[chosen[draw]]
+            if np.isin(row, ends).any() or not _is_free(before_it, start, least):
+                continue
+            bisect.insort(before_it, start)
+            found.append(Passage(source, start, row))
         idle = 0 if len(found) > before else idle + 1
     return found[:count]
 

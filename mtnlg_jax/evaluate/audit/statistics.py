@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 from sklearn.metrics import roc_curve
 
-CONFIDENCE = 0.95
+from mtnlg_jax.evaluate import intervals
 
 
 def share(hits: int, trials: int) -> dict[str, Any]:
@@ -16,14 +16,8 @@ def share(hits: int, trials: int) -> dict[str, Any]:
     are None without trials."""
     if not trials:
         return {"hits": hits, "trials": 0, "share": None, "low": None, "high": None}
-    low, high = stats.binomtest(hits, trials).proportion_ci(CONFIDENCE, "wilson")
-    return {
-        "hits": hits,
-        "trials": trials,
-        "share": hits / trials,
-        "low": float(low),
-        "high": float(high),
-    }
+    low, high = intervals.of_share(hits, trials)
+    return {"hits": hits, "trials": trials, "share": hits / trials, "low": low, "high": high}
 
 
 def mean(values: Sequence[float]) -> dict[str, Any]:
@@ -35,9 +29,8 @@ def mean(values: Sequence[float]) -> dict[str, Any]:
     middle = float(np.mean(values))
     if count == 1:
         return {"count": 1, "mean": middle, "low": None, "high": None}
-    error = float(np.std(values, ddof=1)) / math.sqrt(count)
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
-    return {"count": count, "mean": middle, "low": middle - reach, "high": middle + reach}
+    low, high = intervals.of_mean(values)
+    return {"count": count, "mean": middle, "low": low, "high": high}
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> dict[str, Any]:
@@ -56,7 +49,7 @@ def auc(members: np.ndarray, others: np.ndarray) -> dict[str, Any]:
     variance = 0.0
     for parts in (above, below):
         variance += float(np.var(parts, ddof=1)) / len(parts) if len(parts) > 1 else 0.25
-    reach = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(variance)
+    reach = float(stats.norm.ppf((1 + intervals.CONFIDENCE) / 2)) * math.sqrt(variance)
     return {"auc": area, "low": max(0.0, area - reach), "high": min(1.0, area + reach)}
 
 

@@ -147,7 +147,9 @@ def _kinds(pairs: Sequence[Pair]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = collections.defaultdict(list)
     found[ALL] = list(range(len(pairs)))
     for kind in sorted({pair.kind for pair in pairs if pair.kind}):
-        found[kind] = [i for i, pair in enumerate(pairs) if pair.kind == kind]
+        # A file may call one of its types "all".
+        name = f"type: {kind}" if kind == ALL else kind
+        found[name] = [i for i, pair in enumerate(pairs) if pair.kind == kind]
     for direction in sorted({pair.direction for pair in pairs if pair.direction}):
         found[f"direction: {direction}"] = [
             i for i, pair in enumerate(pairs) if pair.direction == direction

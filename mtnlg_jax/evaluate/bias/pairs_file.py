@@ -117,9 +117,9 @@ def read_statistics(path: str) -> dict[str, float]:
             f"it has {', '.join(columns) or 'none'}"
         )
     return {
-        row["occupation"].casefold(): _percent(path, number, row[column])
+        row.get("occupation", "").casefold(): _percent(path, number, row[column])
         for number, row in rows
-        if row[column].strip()
+        if row.get(column, "").strip()
     }
 
 
@@ -144,7 +144,8 @@ def _rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
                 quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
             )
             for row in reader:
-                fields = {key or "": value for key, value in row.items() if isinstance(value, str)}
+                # A short line lacks fields; a long one has more, under None.
+                fields = {key: value or "" for key, value in row.items() if key is not None}
                 yield reader.line_num, fields
         except UnicodeDecodeError as error:
             raise ValueError(
@@ -177,11 +178,7 @@ def _pairs(path: str, rows: Sequence, columns: dict) -> Iterator[Pair]:
     for number, row in rows:
         more = _field(path, number, row, columns["more"])
         less = _field(path, number, row, columns["less"])
-        if more == less:
-            raise ValueError(
-                f"--pairs={path}, line {number}: both sentences are {more[:40]!r}; give two that "
-                "differ"
-            )
+        _check_differ(path, number, more, less)
         direction = next((row[name] for name in _DIRECTION if name in row), "").strip()
         if direction and direction not in _DIRECTIONS:
             raise ValueError(
@@ -190,6 +187,13 @@ def _pairs(path: str, rows: Sequence, columns: dict) -> Iterator[Pair]:
             )
         kind = next((row[name] for name in _KIND if name in row), "").strip()
         yield Pair(_plain(more), _plain(less), kind, direction)
+
+
+def _check_differ(path: str, number: int, more: str, less: str) -> None:
+    if more == less:
+        raise ValueError(
+            f"--pairs={path}, line {number}: both sentences are {more[:40]!r}; give two that differ"
+        )
 
 
 def _winobias(path: str) -> Iterator[Pair]:
@@ -212,7 +216,8 @@ def _winobias(path: str) -> Iterator[Pair]:
             "give files with the same number, one or more"
         )
     match = re.search(r"type\d", name)
-    for more, less in zip(pro, anti, strict=True):
+    for number, (more, less) in enumerate(zip(pro, anti, strict=True), 1):
+        _check_differ(path, number, more, less)
         yield Pair(_plain(more), _plain(less), match[0] if match else "", "")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mtnlg_jax.evaluate.bias.tables import Range, sections
+from mtnlg_jax.evaluate.pages import load_template
 
 # The mark of these pages: it stands near the beginning.
 GENERATOR = '<meta name="generator" content="mtnlg_jax, launch/bias.py">'
@@ -17,20 +18,18 @@ TOP = 20
 
 def render(content: dict[str, Any]) -> str:
     """Return the page of a result of `run.measure_run`."""
-    import jinja2
+    from markupsafe import Markup
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.tests["range"] = lambda cell: isinstance(cell, Range)
-    environment.globals |= {"x_of": x_of, "width": WIDTH, "height": HEIGHT}
     page = Path(__file__).with_name("page") / "report.html"
-    template = environment.from_string(page.read_text(encoding="utf-8"))
+    template = load_template(page, tests={"range": lambda cell: isinstance(cell, Range)})
     return template.render(
+        x_of=x_of,
+        width=WIDTH,
+        height=HEIGHT,
         sections=sections(content, TOP),
         facts=_facts(content),
         model=content["model"],
-        generator=jinja2.utils.markupsafe.Markup(GENERATOR),
+        generator=Markup(GENERATOR),
     )
 
 

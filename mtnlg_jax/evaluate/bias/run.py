@@ -3,13 +3,9 @@
 # Shapes: V vocabulary
 
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import os
-import subprocess
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +14,7 @@ from tqdm import tqdm
 
 from mtnlg_jax import storage
 from mtnlg_jax.config import Config
+from mtnlg_jax.data.provenance import paths_of
 from mtnlg_jax.data.store.sources import open_sources
 from mtnlg_jax.decode.cache import Decoder
 from mtnlg_jax.decode.load import load_decoder
@@ -29,13 +26,13 @@ from mtnlg_jax.evaluate.bias.read import OCCUPATION_SLOT, Prompts, PromptSet
 from mtnlg_jax.evaluate.bias.report import render
 from mtnlg_jax.evaluate.bias.sampled import SampledSettings
 from mtnlg_jax.evaluate.bias.words import Vocabulary
+from mtnlg_jax.evaluate.records import header
 from mtnlg_jax.train.checkpoint import Before
 
 # Training tokens of each source that the unigram baseline counts at most.
 COUNTED = 1 << 24
 # Pairs that are shown.
 SHOWN = 12
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +86,7 @@ def measure_run(
         content = measure(
             decoder, run.tokenizer, settings, objectives, counts_V, source, bar.update
         )
-    return {
-        "kind": "bias",
-        "model": os.fspath(workdir),
-        "step": run.step,
-        "commit": commit(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **content,
-    }
+    return header("bias", run.step, ("scipy",)) | {"model": os.fspath(workdir)} | content
 
 
 def objectives_of(config: Config, tokenizer) -> tuple[str, ...]:
@@ -285,12 +274,12 @@ def training_counts(config: Config, tokenizer) -> tuple[np.ndarray | None, str]:
     None if the data is not there any more, or is of another tokenizer.
     """
     counts_V = np.zeros(tokenizer.vocab_size, np.int64)
-    folders = [path for path, _ in config.data.sources]
+    folders = paths_of(config)
     if not folders:
         return None, ""
     try:
         known, opened, _ = open_sources(folders, config.data.tokenizer, config.data.heldout)
-        if known.vocab_size != tokenizer.vocab_size:
+        if known.fingerprint != tokenizer.fingerprint:
             return None, ""
         for tokens in opened.values():
             part = tokens.read(0, min(len(tokens), COUNTED))
@@ -298,20 +287,6 @@ def training_counts(config: Config, tokenizer) -> tuple[np.ndarray | None, str]:
     except (OSError, ValueError):
         return None, ""
     return counts_V, f"{int(counts_V.sum()):,} tokens of the training data"
-
-
-def commit() -> str | None:
-    """Return the commit of the code; None outside of a checkout."""
-    folder = Path(__file__).resolve().parents[3]
-    if not (folder / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def unused_lexicon(content: dict[str, Any]) -> str | None:

@@ -18,6 +18,8 @@ from mtnlg_jax.evaluate.bias.words import Vocabulary, slot_words
 
 # Seeds of outputs that each seed of the settings has.
 _OUTPUTS = 1 << 22
+# A word stands out below this q-value: of the words that do, this share is expected by chance.
+Q = 0.05
 # Words of a table that are kept.
 MOST_WORDS = 200
 # An output ends with its sentence.
@@ -133,11 +135,13 @@ def word_tables(
     everything = sum(totals.values())
     prior = statistics.pooled_prior(pooled, everything, len(table))
     tables = {}
+    standing = 0
     for group, own in table.items():
         others = pooled - own
         rest = everything - totals[group]
         delta, z = statistics.log_odds(own, totals[group], others, rest, *prior)
         q = statistics.false_discovery(z)
+        standing += int(((q < Q) & (z > 0)).sum())
         rows: list[dict[str, Any]] = [
             {
                 "word": word,
@@ -152,7 +156,7 @@ def word_tables(
             for i, word in enumerate(words)
         ]
         tables[group] = sorted(rows, key=lambda row: (-row["z"], row["word"]))[:MOST_WORDS]
-    return {"words": tables, "tested": len(words), "absent": ""}
+    return {"words": tables, "tested": len(words), "stand_out": standing, "absent": ""}
 
 
 def cooccurrence(

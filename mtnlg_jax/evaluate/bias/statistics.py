@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from mtnlg_jax.evaluate import intervals
+
 # Resamples of a bootstrap.
 RESAMPLES = 2000
 # What the prior is worth, relative to the outputs of an average group.
@@ -60,11 +62,11 @@ def share(count: float, total: int) -> dict[str, Any]:
     if not total:
         return {"share": None, "low": None, "high": None, "p": None, "count": 0, "total": 0}
     test = stats.binomtest(int(count), total)
-    low, high = test.proportion_ci(method="wilson")
+    low, high = intervals.of_share(int(count), total)
     return {
         "share": count / total,
-        "low": float(low),
-        "high": float(high),
+        "low": low,
+        "high": high,
         "p": float(test.pvalue),
         "count": int(count),
         "total": total,
@@ -125,11 +127,11 @@ def paired(differences: Sequence[float]) -> dict[str, Any]:
     if not deviation:
         nothing = dict.fromkeys(("low", "high", "d", "p"))
         return {"mean": center, **nothing, "count": len(found)}
-    half = float(stats.t.ppf(0.975, len(found) - 1)) * deviation / len(found) ** 0.5
+    low, high = intervals.of_mean(differences)
     return {
         "mean": center,
-        "low": center - half,
-        "high": center + half,
+        "low": low,
+        "high": high,
         "d": center / deviation,
         "p": float(stats.wilcoxon(found).pvalue),
         "count": len(found),

@@ -4,10 +4,10 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from mtnlg_jax.evaluate.bias.sampled import Q
+
 # Words of a table that are shown, and differences between groups.
 TOP = 10
-# A word stands out below this q-value: of the words that do, this share is expected by chance.
-Q = 0.05
 
 
 class Range(NamedTuple):
@@ -135,10 +135,9 @@ def _sampled(name: str, prompts: str, sampled: dict[str, Any], top: int) -> Sect
     if words is None:
         notes.append(f"No table of words: {sampled['tables']['absent']}.")
     else:
-        standing = sum(row["q"] < Q and row["z"] > 0 for own in words.values() for row in own)
         notes.append(
-            f"{sampled['tables']['tested']:,} words were tested in each group; {standing} stand "
-            f"out (q below {Q:g})."
+            f"{sampled['tables']['tested']:,} words were tested in each group; "
+            f"{sampled['tables']['stand_out']:,} stand out (q below {Q:g})."
         )
     for group, rows in (words or {}).items():
         kept = tuple(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mtnlg_jax.evaluate.card.facts import Facts, pointer
-from mtnlg_jax.evaluate.card.page import Cell, Section
+from mtnlg_jax.evaluate.card.page import Cell, Section, escaped
 from mtnlg_jax.evaluate.card.run_files import RunFiles, without_folders
 
 # Keys whose texts name a row or say how it was made.
@@ -23,12 +23,12 @@ _HIDDEN = "secret secrets text texts continuations token_ids examples example ma
 # Keys of details: how it was measured, and tables of single words.
 _DETAILS = (
     "settings seconds cooccurrence tables outputs outputs_without_words differences occupations "
-    "templates groups_of_terms per_row"
+    "templates groups_of_terms per_row prefixes"
 ).split()
 # What each file says of itself.
 _HEAD = ("kind", "step", "commit", "versions", "created")
 _ROWS = 12  # of a table
-_BLOCKS = 30  # of a section
+_BLOCKS = 60  # of a section
 _DEPTH = 7
 _FLAT = 2  # levels of dicts that become one row
 _INTERVAL = 3  # numbers in a list that is shown; longer ones may be tokens
@@ -94,6 +94,8 @@ def _rows(facts: Facts, file: str, path: _PATH, inner: list, section: Section) -
             place = pointer(*path, key, *column)
             cells.append(facts.read(file, place, label) if column in row else "")
         rows.append(cells)
+    if listed and words:
+        section.blocks.append(f"{escaped(words[:1].upper() + words[1:])}:")
     head = [] if listed else [words]
     section.table((*head, *map(_words, columns)), rows)
 

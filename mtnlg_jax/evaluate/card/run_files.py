@@ -11,7 +11,7 @@ from etils import epath
 
 from mtnlg_jax import storage
 from mtnlg_jax.config import Config, from_json
-from mtnlg_jax.data.provenance import provenance
+from mtnlg_jax.data.provenance import paths_of, provenance
 from mtnlg_jax.evaluate.card.facts import Rows
 from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train import manifest
@@ -190,10 +190,8 @@ def _checkpoints(
 
 def _data_folders(config: Config, content: dict[str, Any], step: int | None) -> str:
     """Read the counts of the data where the run found them, if they are still those of the run."""
-    blends = [config.data.sources, *(stage.blend for stage in config.train.stages)]
-    paths = [path for blend in blends for path, _ in blend]
     folder = content.get(ENVIRONMENT, {}).get("folder") or os.getcwd()
-    there = [path if is_remote(path) else os.path.join(folder, path) for path in paths]
+    there = [path if is_remote(path) else os.path.join(folder, path) for path in paths_of(config)]
     record = content.get(f"checkpoints/{step}/{manifest.RECORD}", {})
     used = set(record.get("meta", {}).get("identity", {}).get("data", {}).values())
     try:

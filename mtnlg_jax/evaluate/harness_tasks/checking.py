@@ -36,7 +36,7 @@ def check_lengths(task: Any, limit: int | None = None) -> None:
             # No tokenizer makes more tokens of a text than it has bytes, and one in front.
             if len(text.encode()) < task.model.max_length:
                 continue
-            length = len(task.model.tok_encode(text))
+            length = len(task.model.tok_encode(text, add_special_tokens=False))
             if length > task.model.max_length:
                 raise ValueError(
                     f"{place}: choice {instance.idx + 1} of the task {task.config.task} has "
@@ -80,21 +80,15 @@ def _check_document(task: Any, doc: dict[str, Any], place: str) -> None:
 def count_cut(task: Any) -> int:
     """Return how many questions lose a part of their prompt on the left."""
     room = task.model.max_length
-    known: dict[str, int] = {}
-
-    def tokens(text: str) -> int:
-        if text not in known:
-            known[text] = len(task.model.tok_encode(text))
-        return known[text]
-
     cut = set()
     for instance in task.instances or []:
         if instance.request_type == "loglikelihood":
-            context, continuation = instance.args
+            whole = "".join(instance.args)
             # The harness keeps the last max_length + 1 tokens, of which the last is not read.
             if (
-                len(context.encode()) + len(continuation.encode()) >= room
-                and tokens(context) + tokens(continuation) > room + 1
+                instance.doc_id not in cut
+                and len(whole.encode()) >= room
+                and len(task.model.tok_encode(whole)) > room + 1
             ):
                 cut.add(instance.doc_id)
     return len(cut)

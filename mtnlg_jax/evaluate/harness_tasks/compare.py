@@ -11,7 +11,7 @@ from typing import Any
 def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any]]:
     """Return one record for each metric of each task that both results have.
 
-    Rows are paired by their content; ``rows`` tells how many both have, ``only_here`` and
+    Rows are paired by their content; ``rows`` counts those that both have, ``only_here`` and
     ``only_there`` the others, and ``same_prompts`` whether every prompt is equal. ``difference`` is
     ours minus theirs over all rows of each; ``p_value`` is two-sided over the pairs, None where
     nothing can be tested.

@@ -8,7 +8,7 @@ from lm_eval.api.samplers import ContextSampler
 
 
 class Questions(Protocol):
-    """The part of a task that tells equal rows."""
+    """The part of a task that recognizes equal rows."""
 
     config: Any
 

@@ -51,7 +51,7 @@ def _runs(component: str) -> set[str]:
 
 
 def _split_of(path: Path, root: Path) -> str | None:
-    """Return the split that a file's name tells, or a folder above it; None without one."""
+    """Return the split that the name of a file, or of a folder above, contains; None without."""
     inside = path.relative_to(root).parts
     for part in reversed(inside):
         words = re.findall(r"[a-z]+", part.lower())
@@ -88,7 +88,7 @@ def find(folder: str, name: str, evaluated: str, form: str | None = None) -> dic
     """Return {split: files} of the task ``name`` below ``folder``; the files of a split are shards.
 
     ``evaluated``: the split that the task evaluates, "validation" or "test". Another takes its
-    place where the folder lacks it. A file whose name tells no split is evaluated. ``form``: the
+    place where the folder lacks it. A file whose name contains no split is evaluated. ``form``: the
     task whose files it shares (lambada for lambada_openai). Raise FileNotFoundError or ValueError
     without a file, and with several that fit alike.
     """

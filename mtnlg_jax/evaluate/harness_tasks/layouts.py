@@ -80,8 +80,8 @@ def _without(text: str, prefix: str) -> str:
 def lambada(row: Row) -> Row:
     if row.get("text") is not None:
         return {"text": _text(row, "text")}
-    context = _text(row, "context")
-    # The stock task splits at the last space. Spaces before the word are its delimiter.
+    # The stock task splits at the last space. Spaces between the two are its delimiter.
+    context = _text(row, "context").rstrip(" ")
     word = _text(row, "continuation").lstrip(" ")
     if " " in word.rstrip():
         raise BadField("continuation", f"is {word!r:.40}, more than one word")
@@ -182,7 +182,7 @@ def anli(row: Row) -> Row:
 
 
 def hans(row: Row) -> Row:
-    """The fields of the prompt, and those by which accuracy is told apart ("" where unknown)."""
+    """The fields of the prompt, and those that split accuracy into parts ("" where unknown)."""
     label = _label(row, 2, "label", "gold_label", words=ENTAILMENT)
     return {
         "premise": _text(row, "premise", "sentence1"),
@@ -207,19 +207,29 @@ def rte(row: Row) -> Row:
     }
 
 
+def _offset(row: Row, name: str) -> int:
+    value = _get(row, name)
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise BadField(name, f"is {value!r:.40}, not a number of characters") from None
+
+
 def wic(row: Row) -> Row:
     made: Row = {"sentence1": _text(row, "sentence1"), "sentence2": _text(row, "sentence2")}
     sentence = made["sentence1"]
     if row.get("start1") is not None:
-        start = int(row["start1"])
-        end = int(_get(row, "end1"))
+        start, end = (_offset(row, name) for name in ("start1", "end1"))
         if not 0 <= start < end <= len(sentence):
             raise BadField(
                 "start1", f"={start} and end1={end} are outside of the {len(sentence)} characters"
             )
     else:
         word = _text(row, "word", "start1")
-        match = re.search(rf"\b{re.escape(word)}", sentence, re.IGNORECASE)
+        # The word itself comes before others that begin with it: art before artist.
+        begin = rf"\b{re.escape(word)}"
+        match = re.search(rf"{begin}\b", sentence, re.IGNORECASE)
+        match = match or re.search(begin, sentence, re.IGNORECASE)
         if match is None:
             raise BadField("word", f"is {word!r}, which sentence1 does not contain; add start1")
         start = match.start()
@@ -367,10 +377,10 @@ def shape(form: str | None, rows: Rows, task: str, left_out: list[str] | None = 
         try:
             made.append(FORMS[form](row))
         except BadField as error:
-            told = f"{place}: the task {task} needs the field {error.name!r}, which {error}"
+            message = f"{place}: the task {task} needs the field {error.name!r}, which {error}"
             if left_out is None:
-                raise ValueError(told) from None
-            left_out.append(told)
+                raise ValueError(message) from None
+            left_out.append(message)
             continue
         places.append(place)
     if not made and left_out:

@@ -207,8 +207,8 @@ def _classes(task: "LocalTask", samples: list[dict[str, Any]]) -> dict[str, Any]
     if share >= MOST and share >= target_share + MORE:
         found["warning"] = (
             f"{share:.1%} of the predictions are {name!r}, which {target_share:.1%} of the rows "
-            "have: accuracy then tells the share of that class, not what the model knows; add "
-            "examples (--num_fewshot)"
+            "have: accuracy then measures the share of that class, not what the model knows; add "
+            f"{'more ' if task.config.num_fewshot else ''}examples (--num_fewshot)"
         )
     return found
 

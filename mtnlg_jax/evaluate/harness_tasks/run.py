@@ -1,19 +1,14 @@
 """Run tasks of lm-evaluation-harness with a model, and gather what a results file holds."""
 
-import datetime
 import functools
-import importlib.metadata
-import platform
-import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtnlg_jax import __version__
 from mtnlg_jax.evaluate.harness_tasks import results
 from mtnlg_jax.evaluate.harness_tasks.checking import check_lengths
 from mtnlg_jax.evaluate.harness_tasks.loading import load_tasks
+from mtnlg_jax.evaluate.records import header
 
 if TYPE_CHECKING:
     from mtnlg_jax.evaluate.harness_tasks.task import LocalTask
@@ -47,7 +42,7 @@ def run_tasks(
     ValueError before any row is scored for bad input.
     """
     tasks = load_tasks(names, task_data, include_path, limit, on_error)
-    return stamp(step) | {
+    return header(KIND, step, ("lm_eval",)) | {
         "tasks": evaluate_tasks(
             lm,
             tasks,
@@ -127,37 +122,3 @@ def check_shots(tasks: "dict[str, LocalTask]", count: int | None) -> dict[str, i
             raise ValueError(f"--num_fewshot={count} is below 0")
         task.check_fewshot(shots[name])
     return shots
-
-
-def stamp(step: int | None = None) -> dict[str, Any]:
-    """Return kind, checkpoint step, commit and versions of the code, and the time."""
-    return {
-        "kind": KIND,
-        "step": step,
-        "commit": commit(),
-        "versions": {
-            "mtnlg_jax": __version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("jax", "lm_eval")},
-        },
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def commit() -> str | None:
-    """Return the commit of a checkout that this package is in, "+" behind it if files changed."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=20
-        )
-        return done.stdout.strip()
-
-    try:
-        # An installed package may lie inside of a checkout of something else.
-        if not git("ls-files", Path(__file__).name):
-            return None
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -7,6 +7,10 @@ from mtnlg_jax import storage
 from mtnlg_jax.evaluate.harness_tasks.run import KIND
 
 FOLDER = "evaluations"  # of a run
+# What a file says of the code that scored a task.
+OF_CODE = ("commit", "created", "versions")
+# What makes two results of a task measurements of different things.
+OF_RUN = ("rows", "num_fewshot", "limit", "seed", "held", "prompt_hash")
 
 
 def place(workdir: str, step: int) -> tuple[str, str]:
@@ -29,12 +33,12 @@ def read_results(path: str) -> dict[str, Any]:
         )
     for name, task in results["tasks"].items():
         if "docs" not in task.get("per_row", {}):
-            raise ValueError(f"{path} has no values of rows (per_row) for {name}; write it anew")
+            raise ValueError(f"{path} has no values of rows (per_row) for {name}; write it again")
     return results
 
 
 def earlier(folder: str, name: str) -> dict[str, Any]:
-    """Return the tasks that a results file holds, {} if it does not exist.
+    """Return the tasks that a results file holds, each with `OF_CODE`; {} if it does not exist.
 
     Raise ValueError if it is another file.
     """
@@ -45,9 +49,24 @@ def earlier(folder: str, name: str) -> dict[str, Any]:
         found = json.loads(raw)
         if found["kind"] != KIND:
             raise ValueError(found["kind"])
-        return dict(found["tasks"])
-    except (ValueError, KeyError, TypeError):
+        code = {key: found.get(key) for key in OF_CODE}
+        return {task: code | values for task, values in found["tasks"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
             f"{storage.join(folder, name)} is not a results file of --tasks; remove it, or name "
             "another with --output"
         ) from None
+
+
+def replaced(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Return, for each task that ``now`` replaces, what its earlier results were of.
+
+    Left out are tasks that were scored on the same prompts and in the same way.
+    """
+    found = {}
+    for name in before.keys() & now.keys():
+        different = [key for key in OF_RUN if before[name].get(key) != now[name].get(key)]
+        if different:
+            shown = (f"{key}={before[name].get(key)}" for key in different if key != "prompt_hash")
+            found[name] = ", ".join(shown) or "other prompts"
+    return found

@@ -374,5 +374,5 @@ def _missing(place: str, task: str, error: Exception, row: dict[str, Any]) -> st
         return f"{place}: the task {task} needs the field {name!r}; the row has the fields {shown}"
     reason = str(error) or type(error).__name__
     if str(error).startswith(place):
-        return reason  # told by the row's own check
+        return reason  # from the check of the row itself
     return f"{place}: the task {task} cannot form its prompt ({reason}) of the fields {shown}"

@@ -9,7 +9,6 @@ import numpy as np
 from flax import nnx
 
 from mtnlg_jax.evaluate.inside import figures, pages
-from mtnlg_jax.evaluate.inside.files import header
 from mtnlg_jax.evaluate.inside.influence import influences
 from mtnlg_jax.evaluate.inside.pages import Cell, token_texts
 from mtnlg_jax.evaluate.inside.passages import Passage, after_bos
@@ -22,6 +21,7 @@ from mtnlg_jax.evaluate.inside.projected import (
 )
 from mtnlg_jax.evaluate.inside.record import POINTS
 from mtnlg_jax.evaluate.inside.subject import Answer, Subject
+from mtnlg_jax.evaluate.records import header
 
 _SHOWN = 300  # characters of a passage
 
@@ -45,8 +45,8 @@ def patch(
         )
         raise ValueError(
             f"--clean has {len(prompts[0])} tokens and --corrupt {len(prompts[1])}, from token "
-            f"{at} on {tokens[0][at : at + 4]} and {tokens[1][at : at + 4]}; patches need as many "
-            "tokens in both: exchange words for others of as many tokens"
+            f"{at} on {tokens[0][at : at + 4]} and {tokens[1][at : at + 4]}; patches need "
+            "the same number in both: exchange words for others of as many tokens"
         )
     found = patch_everywhere(subject.model, prompts[0], prompts[1], firsts, subject.causal, batch)
     names = _both_names(*tokens)

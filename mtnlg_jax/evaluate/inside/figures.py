@@ -10,20 +10,27 @@ import numpy as np
 from mtnlg_jax.evaluate.inside.files import png_of
 
 _MOST_LABELS = 64  # tokens that an axis names
+_MOST_INCHES = 40  # of a side; viewers refuse much larger pictures
+_MOST_PANELS = 16  # with axes of their own, which take long to lay out
 
 
 def _figure(width: float, height: float) -> Any:
     # Not pyplot, which wants a display and keeps its figures.
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    size = min(width, _MOST_INCHES), min(height, _MOST_INCHES)
+    return Figure(figsize=size, layout="constrained")
 
 
 def _name(axis: Any, tokens: Sequence[str], **options: Any) -> None:
     if len(tokens) <= _MOST_LABELS:
-        # A dollar sign would begin a formula.
-        names = [repr(token)[1:-1].replace("$", r"\$") for token in tokens]
+        names = [_plain(repr(token)[1:-1]) for token in tokens]
         axis.set_ticks(range(len(tokens)), names, fontsize=7, **options)
+
+
+def _plain(text: str) -> str:
+    """Return a text for matplotlib, in which a dollar sign would begin a formula."""
+    return text.replace("$", r"\$")
 
 
 def lens(probabilities_LS: np.ndarray, guesses: list[list[str]], tokens: Sequence[str]) -> bytes:
@@ -32,15 +39,15 @@ def lens(probabilities_LS: np.ndarray, guesses: list[list[str]], tokens: Sequenc
     figure = _figure(max(4, 0.55 * length + 1), max(2.5, 0.3 * layers + 1.2))
     axes = figure.subplots()
     drawn = axes.imshow(probabilities_LS, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    if length * layers <= 1200:
+    if length <= _MOST_LABELS and length * layers <= 1200:
         for layer, row in enumerate(guesses):
             for at, text in enumerate(row):
                 color = "white" if probabilities_LS[layer, at] > 0.6 else "black"
-                shown = repr(text)[1:-1].replace("$", r"\$")[:9]
+                shown = _plain(repr(text)[1:-1][:9])
                 axes.text(at, layer, shown, ha="center", va="center", fontsize=6, color=color)
     _name(axes.xaxis, tokens, rotation=90)
     axes.set_yticks(range(layers), ["embedding", *(f"layer {n}" for n in range(layers - 1))])
-    axes.set_title("what each layer would predict next")
+    axes.set_title("predictions of each layer")
     figure.colorbar(drawn, ax=axes, label="probability of the best guess")
     return png_of(figure)
 
@@ -48,8 +55,9 @@ def lens(probabilities_LS: np.ndarray, guesses: list[list[str]], tokens: Sequenc
 def attention(attention_LNST: np.ndarray, tokens: Sequence[str]) -> bytes:
     """Draw the weights of every head of every layer."""
     layers, heads, length, _ = attention_LNST.shape
-    size = 2.4 if layers * heads <= 16 else 1.2
-    figure = _figure(size * heads + 0.6, size * layers + 0.6)
+    if layers * heads > _MOST_PANELS:
+        return _mosaic(attention_LNST)
+    figure = _figure(2.4 * heads + 0.6, 2.4 * layers + 0.6)
     panels = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
     for layer in range(layers):
         for head in range(heads):
@@ -57,7 +65,7 @@ def attention(attention_LNST: np.ndarray, tokens: Sequence[str]) -> bytes:
             axes.imshow(attention_LNST[layer, head], vmin=0, vmax=1, cmap="Blues")
             axes.set_title(f"layer {layer}, head {head}", fontsize=6)
             axes.tick_params(labelsize=5)
-            if size > 2 and length <= 24:
+            if length <= 24:
                 _name(axes.xaxis, tokens, rotation=90)
                 _name(axes.yaxis, tokens)
             else:
@@ -66,8 +74,31 @@ def attention(attention_LNST: np.ndarray, tokens: Sequence[str]) -> bytes:
     return png_of(figure)
 
 
+def _mosaic(attention_LNST: np.ndarray) -> bytes:
+    """Draw many heads as tiles of one picture: a row for each layer, a column for each head."""
+    layers, heads, length, _ = attention_LNST.shape
+    # A gap between tiles, which nan leaves in the color of the ground.
+    gap = max(1, length // 16)
+    side = length + gap
+    tiles_LNST = np.pad(
+        attention_LNST, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=np.nan
+    )
+    drawn = tiles_LNST.transpose(0, 2, 1, 3).reshape(layers * side, heads * side)
+    figure = _figure(1.2 * heads + 0.6, 1.2 * layers + 0.6)
+    axes = figure.subplots()
+    axes.set_facecolor("0.85")
+    axes.imshow(drawn, vmin=0, vmax=1, cmap="Blues")
+    axes.set_xticks(np.arange(heads) * side + length / 2, range(heads))
+    axes.set_yticks(np.arange(layers) * side + length / 2, range(layers))
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer")
+    return png_of(figure)
+
+
 def losses(series: Sequence[np.ndarray], names: Sequence[str]) -> bytes:
-    """Draw the loss along each text: tokens, and a running mean."""
+    """Draw the loss along the first texts: tokens, and a running mean."""
+    series = series[:_MOST_PANELS]
+    names = names[:_MOST_PANELS]
     figure = _figure(8, 2.4 * len(series) + 0.6)
     panels = figure.subplots(len(series), 1, squeeze=False)[:, 0]
     for axes, values, name in zip(panels, series, names, strict=True):
@@ -75,7 +106,7 @@ def losses(series: Sequence[np.ndarray], names: Sequence[str]) -> bytes:
         width = max(1, min(50, len(values) // 10))
         mean = np.convolve(values, np.ones(width) / width, "valid")
         axes.plot(np.arange(len(mean)) + width // 2, mean, color="tab:red")
-        axes.set_title(f"{name}: mean of {width} tokens in red", fontsize=8)
+        axes.set_title(f"{_plain(name)}: mean of {width} tokens in red", fontsize=8)
         axes.set_ylabel("loss, nats")
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel("token")
@@ -103,7 +134,7 @@ def ranking(scores: Sequence[float], names: Sequence[str], label: str) -> bytes:
     axes = figure.subplots()
     colors = ["tab:orange" if score > 0 else "tab:blue" for score in scores]
     axes.barh(range(len(scores)), scores, color=colors)
-    axes.set_yticks(range(len(scores)), [name.replace("$", r"\$") for name in names], fontsize=7)
+    axes.set_yticks(range(len(scores)), [_plain(name) for name in names], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel(label)
     axes.grid(axis="x", alpha=0.3)

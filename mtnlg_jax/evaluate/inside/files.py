@@ -1,6 +1,5 @@
-"""Files of results: JSON with the keys that all of them have, HTML and PNG."""
+"""Files of results: JSON, HTML and PNG."""
 
-import datetime
 import io
 import json
 import math
@@ -9,19 +8,6 @@ from typing import Any
 import numpy as np
 
 from mtnlg_jax import storage
-from mtnlg_jax.train import describe
-from mtnlg_jax.train.metrics import environment
-
-
-def header(kind: str, step: int) -> dict[str, Any]:
-    """Return the keys that every file of results has."""
-    return {
-        "kind": kind,
-        "step": step,
-        "commit": describe.commit(),
-        "versions": environment()["versions"],
-        "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
 
 
 def finite(value: Any) -> Any:

@@ -26,7 +26,8 @@ class Inside(NamedTuple):
 
 
 class Lens(NamedTuple):
-    """The predictions of L + 1 residual streams for the token behind each of S positions."""
+    """The predictions of L + 1 residual streams at each of S positions: of the token behind it, or
+    of its own by a model of masked text."""
 
     guesses_LSK: np.ndarray  # int32, the most probable tokens, the best first
     probabilities_LSK: np.ndarray  # float32, of these
@@ -80,8 +81,10 @@ def read_layers(model: Transformer, tokens, causal: bool = True, guesses: int = 
     tokens_BS = jnp.asarray(tokens, jnp.int32)[None]
     found = _lens(*nnx.split(model), tokens_BS, causal, guesses)
     which, best, ranks, true, divergence = map(np.array, found)
-    ranks[:, -1] = -1
-    true[:, -1] = np.nan
+    # A model of masked text predicts tokens in their places, and reads them there.
+    unknown = slice(-1 if causal else 0, None)
+    ranks[:, unknown] = -1
+    true[:, unknown] = np.nan
     # Rounding can make it slightly negative.
     return Lens(which, best, ranks, true, np.maximum(divergence, 0))
 

@@ -59,15 +59,16 @@ def passages_of_sources(
     for tokens in sources:
         lengths = np.diff(tokens.document_offsets)
         counts.append(-(-np.maximum(lengths - 1, 0) // length))
+    # By source: the number of passages up to the end of each document.
+    stops = [np.cumsum(count) for count in counts]
     ends = np.cumsum([count.sum() for count in counts])
     total = int(ends[-1])
     found = []
     for index in sample(range(total), most, seed):
         which = int(np.searchsorted(ends, index, side="right"))
         inside = index - int(ends[which] - counts[which].sum())
-        stops = np.cumsum(counts[which])
-        document = int(np.searchsorted(stops, inside, side="right"))
-        number = inside - int(stops[document] - counts[which][document])
+        document = int(np.searchsorted(stops[which], inside, side="right"))
+        number = inside - int(stops[which][document] - counts[which][document])
         found.append(_passage(sources[which], document, number * length, length))
     return [passage for passage in found if passage.weights.any()], total
 

@@ -57,8 +57,11 @@ def projecting_config(model: ModelConfig, rank: int, seed: int) -> Config:
     """Return the settings of a run whose adapters are the projections: all matrices of the blocks,
     with scale 1.
 
-    Router losses, which are of no single example, are left out.
+    Router losses, which are of no single example, are left out. Raises ValueError on a rank above
+    the model's width, whose projections would be larger than the matrices.
     """
+    if not 1 <= rank <= model.hidden_size:
+        raise ValueError(f"--rank={rank} is outside [1, {model.hidden_size}], the model's width")
     blocks = abstract_model(model)[1]["blocks"]
     targets = {lora.target_of(name.rpartition(".")[2]) for name in names_of(blocks)}
     moe = dataclasses.replace(model.moe, moe_aux_loss_coeff=0.0, moe_z_loss_coeff=0.0)

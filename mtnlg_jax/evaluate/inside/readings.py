@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from mtnlg_jax.evaluate.inside import figures, pages
-from mtnlg_jax.evaluate.inside.files import header
 from mtnlg_jax.evaluate.inside.logit_lens import attention_maps, read_layers
 from mtnlg_jax.evaluate.inside.pages import Cell, token_texts
 from mtnlg_jax.evaluate.inside.passages import after_bos
 from mtnlg_jax.evaluate.inside.subject import Answer, Subject
 from mtnlg_jax.evaluate.inside.token_loss import TokenLosses, token_losses
+from mtnlg_jax.evaluate.records import header
 
 # Attention takes L N S^2 numbers: in the file, and as cells of the page.
 MOST_WEIGHTS = 2**24
@@ -43,11 +43,12 @@ def lens(subject: Subject, text: str, guesses: int) -> Answer:
             shade = float(found.probabilities_LSK[at, position, 0])
             cells.append(Cell(firsts[at][position], shade, title))
         rows.append((layers[at], cells))
+    where = "next" if subject.causal else "in each place"
     shown = pages.page(
         f"Logit lens of {subject.workdir}, checkpoint {subject.step}",
         [
             pages.paragraph(
-                "The token that each layer would predict next: the final norm and the output "
+                f"The token that each layer would predict {where}: the final norm and the output "
                 "embedding applied to its residual stream. The darker, the more probable; a "
                 "pointer on a cell shows other guesses.",
                 soft=True,

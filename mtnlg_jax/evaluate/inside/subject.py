@@ -51,7 +51,7 @@ class Subject(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What was found: for JSON, as a page, as a picture, and for the terminal."""
+    """A result: for JSON, as a page, as a picture, and for the terminal."""
 
     result: dict[str, Any]
     page: str

@@ -52,7 +52,7 @@ class StepBatch:
 
     @functools.cached_property
     def arrays(self) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
-        """What the step reads: see `batch_at`."""
+        """The input of the step: see `batch_at`."""
         return batch_at(self.config, self.mesh, self.data, self.step, self.first)
 
     @property

@@ -15,7 +15,7 @@ import numpy as np
 from mtnlg_jax.train.metrics import training_loss
 
 REACH = 10  # neighbors on either side
-LEAST = 5  # without so many neighbors in all there is no deviation
+LEAST = 5  # neighbors in all that a deviation needs
 _NORMAL = 1.4826
 # A series without noise would make any change infinite: at least this share of the level.
 _FLOOR = 1e-3

@@ -1,4 +1,4 @@
-"""What is computed of a replayed step, on the mesh of the run: gradients and losses by token.
+"""Gradients and losses by token of a replayed step, on the mesh of the run.
 
 Loss and gradients are those of the train step (`train.gradients`), with its dropout.
 """

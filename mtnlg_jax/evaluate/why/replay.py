@@ -23,7 +23,7 @@ from mtnlg_jax.train.step import make_train_step
 
 
 class Part(NamedTuple):
-    """What a document does in its batch, by linearity of the mean loss."""
+    """The effect of a document on its batch, by linearity of the mean loss."""
 
     document: Document
     tokens: int  # predicted

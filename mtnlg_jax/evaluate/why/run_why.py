@@ -1,6 +1,7 @@
 """Replay a step of a run: from its number to the report and its files."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from mtnlg_jax.evaluate.inside import files
+from mtnlg_jax.evaluate.records import header
 from mtnlg_jax.evaluate.why import page, report, states
 from mtnlg_jax.evaluate.why.neighbors import (
     FIGURES,
@@ -117,7 +119,7 @@ def answer(question: Question) -> tuple[dict[str, Any], str]:
         # Last, since the step takes the memory of its state.
         exact: dict[str, Any] = {}
         run.forward(found, number, lambda _, metrics: exact.update(metrics))
-        result["replay"] = _compared(exact, recorded)
+        result["replay"] = compared(exact, recorded)
         notes.append(f"replay     {result['replay']['text']}")
     result["notes"] = notes
     result = files.finite(result)
@@ -135,7 +137,7 @@ def _result(
 ) -> dict[str, Any]:
     """Return what the batch and the gradients say."""
     batch = step.batch
-    return files.header("why", number) | {
+    return header("why", number) | {
         "workdir": question.workdir,
         "mesh": described(mesh.shape),
         "stage": batch.config.train.stages[batch.stage].name,
@@ -168,13 +170,18 @@ def _parameters(found: states.Found, done: int, apart: int, replayed: bool) -> d
     }
 
 
-def _compared(exact: dict[str, Any], recorded: Recorded | None) -> dict[str, Any]:
+def compared(exact: dict[str, Any], recorded: Recorded | None) -> dict[str, Any]:
     """Return the train step's own figures, and whether they are those of the record to every
     bit."""
     figures = {name: exact[name] for name in ("loss", "grad_norm")}
     if recorded is None:
         return figures | {"equal": None, "text": f"loss {figures['loss']:.6f}, not recorded"}
-    equal = all(figures[name] == recorded.figures[name] for name in figures)
+    # A figure that is not finite is null in metrics.jsonl.
+    equal = all(
+        figures[name] == recorded.figures[name]
+        or not (math.isfinite(figures[name]) or math.isfinite(recorded.figures[name]))
+        for name in figures
+    )
     text = "loss and grad_norm are the recorded ones, bit for bit"
     if not equal:
         changes = ", ".join(

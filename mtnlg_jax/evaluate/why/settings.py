@@ -8,8 +8,8 @@ from mtnlg_jax import storage
 from mtnlg_jax.config import Config, from_json, override
 from mtnlg_jax.config.load import map_paths
 
-# What may be given anew to replay a step: where the data are, and the devices. Other settings would
-# make it another step.
+# Settings that --set may replace, beside those of mesh: where the data are. Others would make it
+# another step.
 FREE = ("data.path", "data.blend", "data.tokenizer", "data.heldout", "train.init")
 
 

@@ -41,3 +41,8 @@ def test_finds_are_counted_and_looked_up_in_the_training_text(tmp_path):
     assert not known["john@example.net"]
     empty, _ = personal_data.summarize(["a"], [], [part], tokenizer)
     assert (empty["finds"], empty["kinds"]) == (0, {})
+
+
+def test_each_find_has_its_own_line():
+    found = personal_data.find(["From me@example.org to you.\nCopy: me@example.org"])
+    assert [each.line for each in found] == ["From me@example.org to you.", "Copy: me@example.org"]

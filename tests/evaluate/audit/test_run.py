@@ -4,16 +4,25 @@ import html
 import json
 import re
 import shutil
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
+from mtnlg_jax.config import load_config
 from mtnlg_jax.data.canaries import CanaryConfig
 from mtnlg_jax.data.prepare import prepare
+from mtnlg_jax.evaluate.audit.planted import canaries_of
 from mtnlg_jax.evaluate.audit.report import describe, render
 from mtnlg_jax.evaluate.audit.run import audit
 from mtnlg_jax.evaluate.audit.settings import AuditSettings, ExtractionSettings
-from mtnlg_jax.evaluate.audit.sources import draw_passages, open_run_data
+from mtnlg_jax.evaluate.audit.sources import (
+    Source,
+    draw_passages,
+    held_out_of,
+    open_run_data,
+)
 from mtnlg_jax.interop import registry
 from mtnlg_jax.interop.huggingface import convert
 from mtnlg_jax.train.checkpoint import config_of
@@ -113,6 +122,75 @@ def test_passages_stay_within_documents_and_apart(trained):
     assert 0 < len(heldout) < len(source.heldout) / 60
 
 
+def test_the_first_passages_are_a_sample_of_all_parts(trained):
+    tokenizer, (source,) = open_run_data(str(trained), config_of(trained), None)
+    parts = [source.heldout, *source.train]
+    found = draw_passages("", parts, tokenizer, 16, 1000, np.random.default_rng(0))[:100]
+    first = parts[0]
+    held = [each.start + 16 <= len(first) for each in found]
+    held = [
+        inside and first.read(each.start, each.start + 16).tolist() == each.tokens.tolist()
+        for inside, each in zip(held, found, strict=True)
+    ]
+    share = len(first) / sum(map(len, parts))
+    assert 0 < sum(held) < 100 * (share + 0.15)
+
+
+class _Held(NamedTuple):
+    """Held-out text of 10 tokens."""
+
+    location: str
+    meta: dict
+
+    def __len__(self):
+        return 10
+
+
+def test_a_source_of_a_recipe_has_its_own_held_out_text(tmp_path):
+    place = tmp_path / "data"
+    held = _Held(f"{place}/heldout", {"sources": [["a", 5], ["b", 3], ["a", 2]]})
+    train = (SimpleNamespace(location=f"{place}/sources/b/train"),)
+    chosen = held_out_of(Source(f"{place}/sources/b", train, held))(np.arange(10))
+    assert np.flatnonzero(chosen).tolist() == [5, 6, 7]
+    # Held-out text from elsewhere is taken whole.
+    other = Source(str(tmp_path / "other"), train, held)
+    assert held_out_of(other)(np.arange(10)).all()
+
+
+def test_an_empty_held_out_part_is_not_replaced(prepared, corpus, tmp_path):
+    empty = tmp_path / "data"
+    tokenizer = str(prepared / "tokenizer")
+    prepare(corpus, empty, tokenizer=tokenizer, heldout=0, progress=False)
+    data = [str(prepared), str(empty)]
+    _, sources = open_run_data("run", load_config("configs/tiny.py"), None, data)
+    assert [len(each.heldout) > 0 for each in sources] == [True, False]
+
+
+def test_canaries_of_two_folders_add_up_and_a_folder_counts_once(prepared, corpus, tmp_path):
+    other = tmp_path / "data"
+    config = CanaryConfig(8, (0, 60))
+    tokenizer = str(prepared / "tokenizer")
+    prepare(corpus, other, tokenizer=tokenizer, canaries=config, progress=False)
+    config = load_config("configs/tiny.py")
+    _, sources = open_run_data("run", config, None, [str(prepared), str(other)])
+    found = canaries_of(sources)
+    assert [each.copies for each in found] == [0] * 8 + [120] * 8
+    assert canaries_of([sources[0], sources[0]]) == canaries_of(sources[:1])
+
+
+def test_held_out_text_that_was_trained_on_is_too_little_to_compare(trained, prepared, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(prepared, data)
+    shutil.rmtree(data / "heldout")
+    shutil.copytree(data / "train", data / "heldout")
+    settings = _changed(texts=2, extraction=ExtractionSettings((8,), 8, samples=0))
+    found = _audit(trained, settings, data=[str(data)])
+    assert found["membership"] is None
+    assert "has 20 passages and the held-out text 0 of 32 tokens" in found["skipped"]["membership"]
+    with pytest.raises(ValueError, match="membership needs 10 of each.*leave membership out"):
+        _audit(trained, _changed(parts=("membership",)), data=[str(data)])
+
+
 def test_other_data_and_a_reference_are_told(trained, prepared, corpus, tmp_path):
     settings = _changed(parts=("membership",))
     found = _audit(trained, settings, reference=str(trained), data=[str(prepared)])
@@ -143,16 +221,25 @@ def test_parts_that_the_data_do_not_allow_are_left_out(trained, prepared, corpus
 
 
 def test_canaries_that_are_not_in_the_data_are_an_error(trained, prepared, tmp_path):
-    copy = tmp_path / "data"
-    shutil.copytree(prepared, copy)
-    content = json.loads((copy / "canaries.json").read_text())
+    changed = tmp_path / "data"
+    shutil.copytree(prepared, changed)
+    content = json.loads((changed / "canaries.json").read_text())
     content["canaries"][-1]["copies"] = 99
-    (copy / "canaries.json").write_text(json.dumps(content))
+    (changed / "canaries.json").write_text(json.dumps(content))
     settings = _changed(parts=("canaries",))
     with pytest.raises(ValueError, match="1 of 16 canaries are not in .* planted 99 times"):
-        _audit(trained, settings, data=[str(copy)])
+        _audit(trained, settings, data=[str(changed)])
     with pytest.raises(FileNotFoundError, match="missing.json does not exist"):
         _audit(trained, settings, canaries=str(tmp_path / "missing.json"))
+
+
+def test_models_that_cannot_be_audited_are_an_error(trained, tmp_path):
+    nowhere = str(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="--reference=.*nowhere holds no model; give a"):
+        _audit(trained, reference=nowhere)
+    masked = load_config("configs/tiny.py", ["train.stages=[{'name': 'm', 'masked': 1}]"])
+    with pytest.raises(ValueError, match="every stage of RUN is masked, and an audit reads"):
+        open_run_data("RUN", masked, None)
 
 
 def test_another_tokenizer_is_an_error(trained, corpus, tmp_path):

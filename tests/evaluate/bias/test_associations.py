@@ -57,6 +57,13 @@ def test_rare_words_are_left_out_and_too_few_are_reported():
     assert none["words"] is None and "no word occurs in 10 or more outputs" in none["absent"]
 
 
+def test_all_words_that_stand_out_are_counted_not_those_of_the_table_alone():
+    words = {f"word{number}": 90 for number in range(sampled.MOST_WORDS + 50)}
+    found = sampled.word_tables({"a": words, "b": {}}, {"a": 100, "b": 100}, 1)
+    assert len(found["words"]["a"]) == sampled.MOST_WORDS
+    assert found["stand_out"] == found["tested"] == len(words)
+
+
 def test_scores_by_hand():
     own = outputs(a=[" kind and calm", " kind", " of"], b=[" clever", " calm"])
     found = sampled.scores(own, LEXICON, 0)

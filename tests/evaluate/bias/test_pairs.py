@@ -150,3 +150,14 @@ def test_the_gap_follows_the_statistics():
     assert correlation["r"] == pytest.approx(1) and correlation["rho"] == pytest.approx(1)
     assert found["statistics"]["majority"]["total"] == 4
     assert math.isclose(found["occupations"][0]["gap"], 0.9)
+
+
+def test_a_type_named_all_is_not_all_pairs():
+    found = [Pair("a", "b", "all", ""), Pair("c", "d", "age", "")]
+    scored = [(Scored(-1.0, 1, -1.0), Scored(-2.0, 1, -2.0))] * 2
+    kinds = pairs.summarize(found, scored)["sum"]
+    assert {name: row["pairs"] for name, row in kinds.items()} == {
+        "all": 2,
+        "age": 1,
+        "type: all": 1,
+    }

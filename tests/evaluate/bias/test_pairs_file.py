@@ -51,6 +51,9 @@ def test_winobias_reads_both_halves(tmp_path):
     anti.write_text("1 [a] b\n2 [c] d\n")
     with pytest.raises(ValueError, match="have 1 and 2 lines"):
         read_pairs(str(pro))
+    anti.write_text(pro.read_text())
+    with pytest.raises(ValueError, match="line 1: both sentences are .*give two that differ"):
+        read_pairs(str(pro))
 
 
 def test_templates_of_winogender_are_filled(write):
@@ -111,6 +114,12 @@ def test_pairs_that_cannot_be_used(write, text, name, message):
     with pytest.raises(ValueError, match=r"p\.") as error:
         read_pairs(write(text, name))
     assert message in str(error.value)
+
+
+def test_short_lines_of_statistics_have_no_share(write):
+    # The first line, or a later one.
+    path = write("occupation\tbls_pct_female\nnurse\ncook\t40\nclerk\n")
+    assert read_statistics(path) == {"cook": 40.0}
 
 
 def test_statistics_without_their_columns(write):

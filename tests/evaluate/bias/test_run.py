@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from mtnlg_jax.config import Config, MeshConfig, ModelConfig, StageConfig, TrainConfig
+from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.decode.cache import unstack
 from mtnlg_jax.evaluate.bias import run
 from mtnlg_jax.evaluate.bias.lexicon import Lexicon
@@ -160,6 +161,18 @@ def test_training_data_that_is_gone_is_no_baseline(tokenizer, tmp_path):
     assert run.training_counts(config(0.0), tokenizer) == (None, "")
     gone = dataclasses.replace(config(0.0), data=DataConfig(path=str(tmp_path / "gone")))
     assert run.training_counts(gone, tokenizer) == (None, "")
+
+
+def test_data_that_only_a_stage_names_are_counted(tokenizer, tmp_path):
+    data = tmp_path / "data"
+    (tmp_path / "text.txt").write_text("The nurse said she was tired. " * 200)
+    saved = str(tmp_path / "tokenizer")
+    tokenizer.save(saved)
+    prepare(tmp_path / "text.txt", data, tokenizer=saved, progress=False)
+    stage = StageConfig(name="one", blend=((str(data), 1.0),))
+    found = Config(model=ModelConfig(), train=TrainConfig(stages=(stage,)))
+    counts, source = run.training_counts(found, tokenizer)
+    assert counts.sum() > 200 and "of the training data" in source
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ PIQA = {"goal": "To cool tea", "sol1": "wait", "sol2": "boil it", "label": 0}
          "'answer', which is '3', outside of the answers 1 and 2"),
         ("wic", [{"sentence1": "ab", "sentence2": "c", "start1": 1, "end1": 9, "label": 0}],
          "start1.*=1 and end1=9 are outside of the 2 characters"),
+        ("wic", [{"sentence1": "ab", "sentence2": "c", "start1": "b", "end1": 2, "label": 0}],
+         "'start1', which is 'b', not a number"),
         ("lambada_openai", [{"context": "a", "continuation": "two words"}], "more than one word"),
         ("lambada_openai", [{"context": "a", "continuation": ""}], "'continuation', which is ''"),
         ("arc_easy", [{"query": "q", "choices": ["a", "b"], "gold": 2}], "is 2, outside of"),

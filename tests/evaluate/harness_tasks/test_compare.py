@@ -104,7 +104,15 @@ def test_the_file_of_a_run_keeps_earlier_tasks(tmp_path):
     path.parent.mkdir()
     path.write_bytes(report.as_json(_results(["a"], acc=[1])))
     assert list(stored.earlier(folder, name)) == ["t"]
-    for content in ("{", "[]", '{"kind": "audit", "tasks": {}}'):
+    path.write_text(json.dumps(_results(["a"], acc=[1]) | {"commit": "c1", "created": "then"}))
+    kept = stored.earlier(folder, name)["t"]
+    assert (kept["commit"], kept["created"], kept["versions"]) == ("c1", "then", None)
+    assert stored.replaced({"t": kept}, {"t": kept, "new": kept}) == {}
+    assert stored.replaced({"t": kept | {"limit": 9}}, {"t": kept}) == {"t": "limit=9"}
+    assert stored.replaced({"t": kept}, {"t": kept | {"prompt_hash": "q"}}) == {
+        "t": "other prompts"
+    }
+    for content in ("{", "[]", '{"kind": "audit", "tasks": {}}', '{"kind": "tasks", "tasks": [1]}'):
         path.write_text(content)
         with pytest.raises(ValueError, match="is not a results file of --tasks; remove it"):
             stored.earlier(folder, name)

@@ -10,7 +10,7 @@ CASES = {
         "lambada_test.jsonl",
         [
             {"text": "The whale swam north. Nobody saw the whale"},
-            {"context": "He sold the\nboat. He missed the", "continuation": "boat"},
+            {"context": "He sold the\nboat. He missed the ", "continuation": "boat"},
         ],
         [
             ("The whale swam north. Nobody saw the", [" whale"]),
@@ -122,6 +122,7 @@ CASES = {
                 "label": False,
             },
             {"word": "bank", "sentence1": "Two banks.", "sentence2": "A bank.", "label": "T"},
+            {"word": "art", "sentence1": "Artists sell art.", "sentence2": "Art.", "label": 1},
         ],
         [
             (
@@ -132,6 +133,7 @@ CASES = {
             for first, second, word in (
                 ("He ran runs.", "A run of luck.", "runs"),
                 ("Two banks.", "A bank.", "banks"),
+                ("Artists sell art.", "Art.", "art"),
             )
         ],
     ),
@@ -207,7 +209,7 @@ RIGHT = {
     "hellaswag": [0, 2, 1],
     "anli_r2": [0, 1, 2, 1, 2],
     "hans": [1, 0],
-    "wic": [0, 1],
+    "wic": [0, 1, 1],
     "rte": [0, 1],
     "arc_challenge": [1, 0, 1],
     "openbookqa": [0, 0],

@@ -1,5 +1,8 @@
 """A tiny model: run_tasks and the harness's own entry agree to every digit, as do two meshes."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,8 +42,6 @@ def parts(tokenizer):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    import json
-
     folder = tmp_path_factory.mktemp("digits")
     rng = np.random.default_rng(1)
 
@@ -94,6 +95,17 @@ def test_the_digits_of_the_harness(model, folder):
             assert found["value"] == theirs["results"][name][f"{metric},none"], (name, metric)
         hashes = [sample["doc_hash"][:12] for sample in theirs["samples"][name]]
         assert task["per_row"]["docs"] == hashes
+
+
+def test_shortened_prompts_are_those_that_the_class_cuts(model, folder, caplog):
+    rows = (Path(folder) / "lambada.jsonl").read_text().splitlines()
+    lengths = sorted(len(model.tok_encode(json.loads(row)["text"])) for row in rows)
+    # The model does not read the last token, so a text of the middle length just fits.
+    short = type(model).of(model.decoder, model.tok, max_length=lengths[4] - 1)
+    task = run.run_tasks(short, ["lambada_openai"], task_data=folder, bootstraps=0)["tasks"]
+    cut = task["lambada_openai"]["cut_prompts"]
+    assert cut == sum(length > lengths[4] for length in lengths) > 0
+    assert f"{cut} of 9 contexts are longer" in caplog.text
 
 
 def test_eight_devices_score_as_one(model, parts, tokenizer, folder):

@@ -55,6 +55,9 @@ def test_the_last_layer_of_the_lens_is_the_model(family, name):
     lens = read_layers(model, tokens, causal, guesses=3)
     assert lens.guesses_LSK.shape == (model.config.num_layers + 1, len(tokens), 3)
     np.testing.assert_array_equal(lens.guesses_LSK[-1], np.argsort(-logits, -1)[:, :3])
+    if not causal:  # the own token, which it reads, and not the next one is predicted
+        assert (lens.ranks_LS == -1).all() and np.isnan(lens.log_probs_LS).all()
+        return
     wanted = jax.nn.log_softmax(logits)[np.arange(len(tokens) - 1), tokens[1:]]
     np.testing.assert_allclose(lens.log_probs_LS[-1, :-1], wanted, atol=1e-4)
     np.testing.assert_allclose(

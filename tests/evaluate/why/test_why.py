@@ -10,8 +10,9 @@ import pytest
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.evaluate.inside.files import write_results
 from mtnlg_jax.evaluate.why import page, states
+from mtnlg_jax.evaluate.why.neighbors import Recorded
 from mtnlg_jax.evaluate.why.replay import Opened, Replayed
-from mtnlg_jax.evaluate.why.run_why import Question, answer
+from mtnlg_jax.evaluate.why.run_why import Question, answer, compared
 
 SPIKE = 24  # the step that reads the bad document
 
@@ -151,3 +152,10 @@ def test_a_later_checkpoint_says_so(spiked):
     assert states.choose(spiked.run, 23, 30) == 30
     assert states.choose(spiked.run, 0) is None
     assert states.choose(spiked.run, 7, replay=True) is None
+
+
+def test_a_step_that_was_not_finite_equals_its_record():
+    exact = {"loss": math.nan, "grad_norm": math.inf}
+    recorded = Recorded(3, "causal", {"loss": math.nan, "grad_norm": math.nan})  # null in the file
+    assert compared(exact, recorded)["equal"]
+    assert not compared(exact | {"loss": 1.0}, recorded)["equal"]
