@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,7 @@ def main() -> None:
     check(sides_of(decoder, prefix, secrets[:_COMPILED], flags.separate, flags.batched))
     times = times_of(sides, flags.candidates, flags.rounds)
     shared = times["shared"]["seconds"]
+    commanded = [each for each in sys.argv[1:] if not each.startswith("--output")]
     result = {
         "model": {"layers": flags.layers, "width": 768, "vocabulary": 50304, "dtype": "float32"},
         "prefix_tokens": flags.prefix,
@@ -81,6 +83,7 @@ def main() -> None:
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)),
         "machine": platform.machine(),
+        "command": " ".join(["python benchmarks/audit.py", *commanded]),
     }
     print(json.dumps(result, indent=2))
     Path(flags.output).write_text(json.dumps(result, indent=2) + "\n")

@@ -110,8 +110,15 @@ def measure(args: argparse.Namespace) -> dict:
         "load_at_the_end": os.getloadavg(),
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/eval_tasks.py --data=OUT --task_data=FOLDER",
+        "command": command_of(args),
     }
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """Return the command, without the paths of this machine."""
+    given = {"steps": args.steps, "every": args.every}
+    flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    return " ".join(["python benchmarks/eval_tasks.py --data=OUT --task_data=FOLDER", *flags])
 
 
 if __name__ == "__main__":
