@@ -275,8 +275,11 @@ class LocalTask(ConfigurableTask):
     def key(self, doc: dict[str, Any]) -> str:
         """Return what two equal questions share: the text, and the choices."""
         text = self.doc_to_text(doc)
+        if isinstance(text, int):
+            # The choices are contexts (WinoGrande), and what follows all of them is the question.
+            text = self.doc_to_target(doc)
         if self.config.doc_to_choice is not None:
-            return json.dumps([None if isinstance(text, int) else text, self.doc_to_choice(doc)])
+            return json.dumps([text, self.doc_to_choice(doc)])
         return json.dumps([text])
 
     def pool(self) -> Counter:

@@ -106,6 +106,22 @@ def test_examples_that_equal_the_question_are_told_and_never_shown(known, rows_o
     )
 
 
+def test_twins_that_begin_alike_are_not_equal(known, rows_of):
+    twins = [
+        {"sentence": f"Ann was better than Eve so _ got the {kind} cases."}
+        for kind in ("easy", "hard")
+    ]
+    others = [{"sentence": f"Ann met Eve so _ {n}."} for n in range(2)]
+    rows = [row | {"option1": "Ann", "option2": "Eve", "answer": "1"} for row in twins + others]
+    folder = rows_of("winogrande.jsonl", rows)
+    model = known(lambda *_: -1.0)
+    results = run.run_tasks(model, ["winogrande"], task_data=folder, num_fewshot=1)
+    assert results["tasks"]["winogrande"]["equal_examples"] == 0
+    folder = rows_of("winogrande.jsonl", [*rows, rows[0]])
+    results = run.run_tasks(model, ["winogrande"], task_data=folder, num_fewshot=1)
+    assert results["tasks"]["winogrande"]["equal_examples"] == 2
+
+
 def test_a_training_row_that_equals_a_question(known, rows_of):
     rows = [{"query": f"q{n}", "choices": ["a", "b"], "gold": 0} for n in range(3)]
     rows_of("arc_easy/train.jsonl", rows)
