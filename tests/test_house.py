@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A package may import itself and those on the lines above it, but not others on its line.
 ORDER = """
     errors
-    compat command storage foreign
+    compat command storage foreign intervals pages
     config
     xla_flags hardware
     parallel

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mtnlg_jax import pages
 from mtnlg_jax.evaluate.audit.membership import NAMES
-from mtnlg_jax.evaluate.pages import load_template
 
 # Size of a chart and the space of its axes, in units of its viewBox.
 _WIDTH = 480
@@ -62,10 +62,10 @@ Value = tuple[str, float, float, float]
 
 def render(report: dict[str, Any]) -> str:
     """Return the page of a report of `run.audit`."""
-    page = Path(__file__).with_name("page") / "report.html"
-    filters = {"share": _share, "number": _number, "between": _between, "percent": _percent}
-    template = load_template(page, filters)
-    return template.render(
+    return pages.render(
+        Path(__file__).with_name("page") / "report.html",
+        "launch/audit.py",
+        filters={"share": _share, "number": _number, "between": _between, "percent": _percent},
         report=report,
         facts=_facts(report),
         scores=NAMES,

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 from sklearn.metrics import roc_curve
 
-from mtnlg_jax.evaluate import intervals
+from mtnlg_jax import intervals
 
 
 def share(hits: int, trials: int) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def share(hits: int, trials: int) -> dict[str, Any]:
     are None without trials."""
     if not trials:
         return {"hits": hits, "trials": 0, "share": None, "low": None, "high": None}
-    low, high = intervals.of_share(hits, trials)
+    low, high = intervals.wilson(hits, trials)
     return {"hits": hits, "trials": trials, "share": hits / trials, "low": low, "high": high}
 
 

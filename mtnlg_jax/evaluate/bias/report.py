@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from mtnlg_jax import pages
 from mtnlg_jax.evaluate.bias.tables import Range, sections
-from mtnlg_jax.evaluate.pages import load_template
 
-# The mark of these pages: it stands near the beginning.
-GENERATOR = '<meta name="generator" content="mtnlg_jax, launch/bias.py">'
 # Size of the mark of an interval, in units of its viewBox.
 WIDTH = 120
 HEIGHT = 14
@@ -18,18 +16,16 @@ TOP = 20
 
 def render(content: dict[str, Any]) -> str:
     """Return the page of a result of `run.measure_run`."""
-    from markupsafe import Markup
-
-    page = Path(__file__).with_name("page") / "report.html"
-    template = load_template(page, tests={"range": lambda cell: isinstance(cell, Range)})
-    return template.render(
+    return pages.render(
+        Path(__file__).with_name("page") / "report.html",
+        "launch/bias.py",
+        tests={"range": lambda cell: isinstance(cell, Range)},
         x_of=x_of,
         width=WIDTH,
         height=HEIGHT,
         sections=sections(content, TOP),
         facts=_facts(content),
         model=content["model"],
-        generator=Markup(GENERATOR),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from mtnlg_jax.evaluate import intervals
+from mtnlg_jax import intervals
 
 # Resamples of a bootstrap.
 RESAMPLES = 2000
@@ -62,7 +62,7 @@ def share(count: float, total: int) -> dict[str, Any]:
     if not total:
         return {"share": None, "low": None, "high": None, "p": None, "count": 0, "total": 0}
     test = stats.binomtest(int(count), total)
-    low, high = intervals.of_share(int(count), total)
+    low, high = intervals.wilson(int(count), total)
     return {
         "share": count / total,
         "low": low,

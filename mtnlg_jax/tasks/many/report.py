@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mtnlg_jax.tasks.many.summary import Group, Summary, wilson
+from mtnlg_jax import intervals, pages
+from mtnlg_jax.tasks.many.summary import Group, Summary
 
 # Colors of Okabe and Ito, which the color-blind tell apart; the first labels have the first ones.
 COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#f0e442")
+_LAUNCH = "launch/task.py --inputs"
 # The mark of these pages: it stands near the beginning.
-GENERATOR = '<meta name="generator" content="mtnlg_jax, launch/task.py --inputs">'
+GENERATOR = pages.generator(_LAUNCH)
 # Characters of an input that are shown.
 SHOWN = 400
 # Size of the chart over time, and the space of its axes, in units of its viewBox.
@@ -58,20 +60,15 @@ def render(summary: Summary, title: str, facts: Sequence[tuple[str, Any]] = ()) 
       title: what was answered.
       facts: (name, value) of what the answers depend on, shown at the end.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"percent": _percent, "clipped": _clipped, "share": _share}
-    environment.globals |= {"color_of": color_of, "interval": _interval}
-    page = Path(__file__).with_name("page") / "report.html"
-    template = environment.from_string(page.read_text(encoding="utf-8"))
-    return template.render(
+    return pages.render(
+        Path(__file__).with_name("page") / "report.html",
+        _LAUNCH,
+        filters={"percent": _percent, "clipped": _clipped, "share": _share},
+        color_of=color_of,
+        interval=_interval,
         summary=summary,
         whole=Group("", summary.counts),
         title=title,
-        generator=jinja2.utils.markupsafe.Markup(GENERATOR),
         facts=facts,
         chart=chart_of(summary) if summary.times else None,
         width=WIDTH,
@@ -160,7 +157,7 @@ def _share(group: Group, index: int) -> float:
 
 
 def _interval(count: int, rows: int) -> str:
-    low, high = wilson(count, rows)
+    low, high = intervals.wilson(count, rows)
     return f"{100 * low:.1f} to {100 * high:.1f} %"
 
 

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import heapq
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -253,18 +252,6 @@ def kappa(matrix: Sequence[Sequence[int]]) -> float:
     table /= table.sum()
     chance = float(table.sum(0) @ table.sum(1))
     return float("nan") if chance >= 1 else (float(np.trace(table)) - chance) / (1 - chance)
-
-
-def wilson(count: int, rows: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share ``count`` / ``rows`` (Wilson 1927), both in [0, 1].
-
-    ``rows`` is 1 or more. Unlike count +- 1.96 standard errors it holds for small counts as well.
-    """
-    z = 1.959963984540054  # of the normal distribution, at 97.5 %
-    share = count / rows
-    middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)
-    half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + (z / rows) ** 2 / 4)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _keep(heap: list, entry: tuple) -> None:

@@ -9,8 +9,9 @@ from lines import LABELS, line
 from scipy.stats import binomtest
 from sklearn.metrics import cohen_kappa_score, confusion_matrix
 
+from mtnlg_jax.intervals import wilson
 from mtnlg_jax.tasks.many.dates import MOST, name_of, next_of, parse_date, periods_of, start_of
-from mtnlg_jax.tasks.many.summary import GROUPS, TELLING, kappa, summarize, wilson
+from mtnlg_jax.tasks.many.summary import GROUPS, TELLING, kappa, summarize
 
 
 @pytest.fixture(scope="module")
