@@ -6,8 +6,9 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -238,3 +239,16 @@ def _changes(before: dict, now: dict, path: str = "") -> dict[str, list]:
         elif old != new:
             changed[path + key] = [old, new]
     return changed
+
+
+def header(kind: str, step: int | None, packages: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the keys that every file of results has: its kind, the step of the checkpoint, the
+    commit of the code, the versions of libraries, those of ``packages`` as well, and the time."""
+    versions = environment()["versions"]
+    return {
+        "kind": kind,
+        "step": step,
+        "commit": commit(),
+        "versions": versions | {name: metadata.version(name) for name in packages},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -9,11 +9,9 @@ names nonprivate_loss.
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +22,6 @@ from mtnlg_jax import storage
 from mtnlg_jax.config import Config, override
 from mtnlg_jax.data.poisson import OVERFLOW, PoissonSampler
 from mtnlg_jax.train import changes, describe
-from mtnlg_jax.train.metrics import environment
 from mtnlg_jax.train.schedule import batch_size_at, stage_at
 
 FILE = "privacy.json"
@@ -232,10 +229,7 @@ class Ledger:
         """Return the content of privacy.json after ``done`` steps."""
         epsilon = self.epsilon(done)
         parts = self.until(done)
-        version = importlib.metadata.version("dp-accounting")
-        return {
-            "kind": "privacy",
-            "step": done,
+        return describe.header("privacy", done, ("dp-accounting",)) | {
             "steps": done - self.begin,
             "epsilon": epsilon,
             "delta": self.total_delta(done, epsilon),
@@ -250,9 +244,6 @@ class Ledger:
             "neighbors": "one unit more or less",
             "secret_noise": bool(self.optimizer.dp_secret),
             "parts": [part._asdict() for part in parts],
-            "commit": describe.commit(),
-            "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "versions": environment()["versions"] | {"dp-accounting": version},
         }
 
     def write(self, workdir: str, done: int) -> None:

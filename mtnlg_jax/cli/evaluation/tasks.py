@@ -161,7 +161,7 @@ def _scored(
 ) -> dict[str, Any]:
     from mtnlg_jax.evaluate.harness import MtnlgLM
     from mtnlg_jax.evaluate.harness_tasks import run
-    from mtnlg_jax.evaluate.records import header
+    from mtnlg_jax.train.describe import header
 
     seed = longtext.SEED.value if longtext.SEED.present else run.SEED
     return header(run.KIND, loaded.step, ("lm_eval",)) | {

@@ -16,8 +16,8 @@ from mtnlg_jax.evaluate.audit.measures import Inputs, Measures
 from mtnlg_jax.evaluate.audit.planted import canaries_of
 from mtnlg_jax.evaluate.audit.settings import PARTS, AuditSettings, check
 from mtnlg_jax.evaluate.audit.sources import check_reference, open_run_data
-from mtnlg_jax.evaluate.records import header
 from mtnlg_jax.train.checkpoint import Before
+from mtnlg_jax.train.describe import header
 
 
 def audit(

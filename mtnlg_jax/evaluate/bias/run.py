@@ -26,8 +26,8 @@ from mtnlg_jax.evaluate.bias.read import OCCUPATION_SLOT, Prompts, PromptSet
 from mtnlg_jax.evaluate.bias.report import render
 from mtnlg_jax.evaluate.bias.sampled import SampledSettings
 from mtnlg_jax.evaluate.bias.words import Vocabulary
-from mtnlg_jax.evaluate.records import header
 from mtnlg_jax.train.checkpoint import Before
+from mtnlg_jax.train.describe import header
 
 # Training tokens of each source that the unigram baseline counts at most.
 COUNTED = 1 << 24

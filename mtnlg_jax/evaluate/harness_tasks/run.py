@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mtnlg_jax.evaluate.harness_tasks import results
 from mtnlg_jax.evaluate.harness_tasks.checking import check_lengths
 from mtnlg_jax.evaluate.harness_tasks.loading import load_tasks
-from mtnlg_jax.evaluate.records import header
+from mtnlg_jax.train.describe import header
 
 if TYPE_CHECKING:
     from mtnlg_jax.evaluate.harness_tasks.task import LocalTask

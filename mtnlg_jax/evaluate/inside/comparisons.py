@@ -21,7 +21,7 @@ from mtnlg_jax.evaluate.inside.projected import (
 )
 from mtnlg_jax.evaluate.inside.record import POINTS
 from mtnlg_jax.evaluate.inside.subject import Answer, Subject
-from mtnlg_jax.evaluate.records import header
+from mtnlg_jax.train.describe import header
 
 _SHOWN = 300  # characters of a passage
 

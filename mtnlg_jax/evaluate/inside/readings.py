@@ -14,7 +14,7 @@ from mtnlg_jax.evaluate.inside.pages import Cell, token_texts
 from mtnlg_jax.evaluate.inside.passages import after_bos
 from mtnlg_jax.evaluate.inside.subject import Answer, Subject
 from mtnlg_jax.evaluate.inside.token_loss import TokenLosses, token_losses
-from mtnlg_jax.evaluate.records import header
+from mtnlg_jax.train.describe import header
 
 # Attention takes L N S^2 numbers: in the file, and as cells of the page.
 MOST_WEIGHTS = 2**24

@@ -9,7 +9,6 @@ from typing import Any
 from jax.sharding import Mesh
 
 from mtnlg_jax.evaluate.inside import files
-from mtnlg_jax.evaluate.records import header
 from mtnlg_jax.evaluate.why import page, report, states
 from mtnlg_jax.evaluate.why.neighbors import (
     FIGURES,
@@ -22,6 +21,7 @@ from mtnlg_jax.evaluate.why.replay import Opened, Replayed
 from mtnlg_jax.evaluate.why.settings import Settings
 from mtnlg_jax.evaluate.why.suspects import choose_documents, leave_out, rank
 from mtnlg_jax.parallel.mesh import described
+from mtnlg_jax.train.describe import header
 from mtnlg_jax.train.metrics import read_metrics
 
 
