@@ -203,20 +203,28 @@ def define_paths(name: str, help: str) -> flags.FlagHolder:
 
 def check_output(flag: flags.FlagHolder) -> None:
     """Raise OSError, which names the flag, if no file can be written to its path."""
-    path = flag.value
-    if path is None:
-        return
+    if flag.value is not None:
+        check_file(flag.value, flag.name)
+
+
+def check_file(path: str, name: str) -> None:
+    """Raise OSError, which names the flag --NAME, if no file can be written to ``path``."""
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise FileNotFoundError(
-            f"--{flag.name}={path} is in a folder that does not exist; create it first"
+            f"--{name}={path} is in a folder that does not exist; create it first"
         )
     if os.path.isdir(path):
-        raise IsADirectoryError(f"--{flag.name}={path} is a folder; name a file in it")
+        raise IsADirectoryError(f"--{name}={path} is a folder; name a file in it")
     if not os.access(folder, os.W_OK):
-        raise PermissionError(
-            f"--{flag.name}={path}: the folder is not writable; choose another one"
-        )
+        raise PermissionError(f"--{name}={path}: the folder is not writable; choose another one")
+
+
+def refuse(holders: Iterable[flags.FlagHolder], reason: str) -> None:
+    """Raise ValueError, with ``reason``, for the first of the flags that is given."""
+    for holder in holders:
+        if holder.present:
+            raise ValueError(f"--{holder.name}={holder.value} {reason}")
 
 
 def names_a_file(flag: flags.Flag) -> bool:

@@ -36,9 +36,7 @@ def main() -> None:
 
     compat.quiet()
     registry.register()
-    for entry in options.SET.value:
-        if not devices.of_mesh(entry):
-            raise ValueError(f"--set={entry} is not of the mesh; write --set=mesh.KEY=VALUE")
+    devices.check_of_mesh(options.SET.value)
     folder = perform.output()
     with devices.started(options.SET.value, lambda: perform.check_folder(folder)):
         perform.perform(folder)

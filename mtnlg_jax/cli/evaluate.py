@@ -71,9 +71,7 @@ def main() -> None:
         )
     longtext.check(shared=tasks.TASKS.value is not None)
     tasks.check()
-    for entry in score.SET.value:
-        if not devices.of_mesh(entry):
-            raise ValueError(f"--set={entry} is not of the mesh; write --set=mesh.KEY=VALUE")
+    devices.check_of_mesh(score.SET.value)
     registry.adapt(score.WORKDIR.value, score.ADAPTER.value, score.CHECKPOINT.value)
     with devices.started(score.SET.value, tasks.check_files):
         if tasks.TASKS.value is not None:

@@ -35,8 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             ):
                 theirs = _join(ours, theirs, stack)
             _evaluate(theirs)
-        except KeyboardInterrupt:
-            raise
         except Exception as error:
             line, code = explain(error)
             if line is None:

@@ -40,6 +40,13 @@ def of_mesh(entry: str) -> bool:
     return entry.strip().startswith("mesh.")
 
 
+def check_of_mesh(entries: Sequence[str]) -> None:
+    """Raise ValueError for the first entry of --set that is not about the mesh."""
+    for entry in entries:
+        if not of_mesh(entry):
+            raise ValueError(f"--set={entry} is not of the mesh; write --set=mesh.KEY=VALUE")
+
+
 def mesh() -> "Mesh | None":
     """Return the mesh to load models onto; None for one device."""
     return _mesh

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -58,21 +57,16 @@ def check(shared: bool = False) -> None:
     ``shared``: another part of the script writes plots and draws.
     """
     if LONGTEXT.value:
-        refuse(_OF_SCORE, "is of the score, which --longtext does not compute; leave it out")
+        command.refuse(
+            _OF_SCORE, "is of the score, which --longtext does not compute; leave it out"
+        )
         if not NEEDLE.value:
-            refuse(_OF_NEEDLE, "has no effect without --needle")
+            command.refuse(_OF_NEEDLE, "has no effect without --needle")
         _lengths()
     else:
-        refuse(_OF_LONGTEXT, "has no effect without --longtext")
+        command.refuse(_OF_LONGTEXT, "has no effect without --longtext")
         if not shared:
-            refuse(_SHARED, "has no effect without --longtext or --tasks")
-
-
-def refuse(holders: Sequence[flags.FlagHolder], reason: str) -> None:
-    """Raise ValueError, with ``reason``, for the first of the flags that is given."""
-    for holder in holders:
-        if holder.present:
-            raise ValueError(f"--{holder.name}={holder.value} {reason}")
+            command.refuse(_SHARED, "has no effect without --longtext or --tasks")
 
 
 def check_folder() -> None:

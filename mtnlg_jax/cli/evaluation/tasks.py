@@ -53,14 +53,14 @@ _OF_TEXT = (
 def check() -> None:
     """Raise ValueError on flags that have no effect together, before anything is read."""
     if TASKS.value is None:
-        longtext.refuse(_OF_TASKS, "has no effect without --tasks")
+        command.refuse(_OF_TASKS, "has no effect without --tasks")
         if score.INPUT.value is None:
             raise ValueError(
                 "nothing to evaluate: give --input=FILE (a text to score) or "
                 "--tasks=NAME,... (tasks of lm-evaluation-harness)"
             )
         return
-    longtext.refuse(_OF_TEXT, "is of texts, which --tasks does not read; leave it out")
+    command.refuse(_OF_TEXT, "is of texts, which --tasks does not read; leave it out")
     _shots()
     if OUTPUT.value is None and foreign.reader_of(score.WORKDIR.value) is not None:
         raise ValueError(

@@ -31,11 +31,12 @@ def check_flags() -> None:
             raise ValueError(
                 "--noassociations leaves nothing to measure; give --pairs=FILE, or leave it out"
             )
-        _refuse((*_OF_ASSOCIATIONS, options.SAMPLES, *_OF_SAMPLING), "--associations")
+        unused = (*_OF_ASSOCIATIONS, options.SAMPLES, *_OF_SAMPLING)
+        command.refuse(unused, "has no effect without --associations")
     elif not options.SAMPLES.value:
-        _refuse(_OF_SAMPLING, "--samples above 0")
+        command.refuse(_OF_SAMPLING, "has no effect without --samples above 0")
     if not options.PAIRS.value:
-        _refuse((options.STATISTICS,), "--pairs")
+        command.refuse((options.STATISTICS,), "has no effect without --pairs")
     if not options.TEMPERATURE.value > 0:
         raise ValueError(
             f"--temperature={options.TEMPERATURE.value} draws the same output each time; give a "
@@ -43,16 +44,8 @@ def check_flags() -> None:
         )
     if not 0 < options.TOP_P.value <= 1:
         raise ValueError(f"--top_p={options.TOP_P.value} is not a share; give 0 to 1, without 0")
-    for entry in options.SET.value:
-        if not devices.of_mesh(entry):
-            raise ValueError(f"--set={entry} is not of the mesh; write --set=mesh.KEY=VALUE")
+    devices.check_of_mesh(options.SET.value)
     output()
-
-
-def _refuse(holders: tuple, needed: str) -> None:
-    for holder in holders:
-        if holder.present:
-            raise ValueError(f"--{holder.name}={holder.value} has no effect without {needed}")
 
 
 def output() -> str:

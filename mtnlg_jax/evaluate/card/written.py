@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 
+from mtnlg_jax import command
 from mtnlg_jax.evaluate.card.card import Card
 from mtnlg_jax.storage import write_file
 
@@ -24,15 +25,7 @@ def check_output(path: str, overwrite: bool) -> None:
     Raises OSError where its folder is missing, and FileExistsError where a file is there that this
     package did not write, or that was edited outside the authors' notes, unless ``overwrite``.
     """
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(
-            f"--output={path} is in a folder that does not exist; create it first"
-        )
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"--output={path} is a folder; name a file in it")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"--output={path}: the folder is not writable; choose another one")
+    command.check_file(path, "output")
     if not os.path.exists(path) or overwrite:
         return
     text = _text_of(path)
