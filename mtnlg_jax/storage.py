@@ -126,6 +126,12 @@ def first_line(error: Exception) -> str:
     return str(error).split(" [")[0].split("\n")[0]
 
 
+def lacking(folder: str, name: str) -> str:
+    """Return why ``folder`` has no file ``name``, where it has none."""
+    exists = is_remote(folder) or os.path.exists(folder)
+    return f"it has no {name}" if exists else missing(folder)
+
+
 def missing(path: str) -> str:
     """Return "PATH does not exist" and a similar name in its folder, such as a Megatron prefix."""
     folder, name = os.path.split(path.rstrip("/"))

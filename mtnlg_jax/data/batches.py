@@ -342,10 +342,6 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.window)
 
-    def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """Return rows as `Batches.rows` does, by their numbers [n] from 0 to len - 1."""
-        return self.read(self.source[numbers], self.window[numbers])
-
     def read(self, source: np.ndarray, window: np.ndarray) -> dict[str, np.ndarray]:
         """Return rows as `Batches.rows` does, by source [n] and number within the source [n]."""
         return fixed_rows(self.sources, self._length, source, window)

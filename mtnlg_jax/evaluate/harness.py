@@ -32,6 +32,7 @@ from mtnlg_jax.decode.group_scoring import score_groups
 from mtnlg_jax.decode.load import load_decoder
 from mtnlg_jax.evaluate import harness_options as options
 from mtnlg_jax.interop import registry
+from mtnlg_jax.parallel.mesh import AXES
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class MtnlgLM(TemplateLM):
             raise ValueError(f"checkpoint={checkpoint} in --model_args is neither best nor last")
         options.join_processes()
         check = loading.pop("memory_check", True)
-        mesh = options.mesh_of({axis: loading.pop(axis, None) for axis in options.AXES})
+        mesh = options.mesh_of({axis: loading.pop(axis, None) for axis in AXES})
 
         def before(config, tokenizer) -> None:
             if check:
@@ -385,7 +386,7 @@ class MtnlgLM(TemplateLM):
         }
 
 
-_LOADING = ("dtype", "weights", "memory_check", *options.AXES)
+_LOADING = ("dtype", "weights", "memory_check", *AXES)
 _OF = tuple(MtnlgLM._begin.__kwdefaults__ or ())
 # The smallest values of the options that are whole numbers.
 _LEAST = {

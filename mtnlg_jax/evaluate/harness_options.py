@@ -18,12 +18,10 @@ from mtnlg_jax.decode.forest import USUAL
 from mtnlg_jax.decode.group_scoring import CHUNK, QUERIES
 from mtnlg_jax.decode.memory import Choices, Plan, caches_of, check_fits
 from mtnlg_jax.parallel.memory import Room, room
-from mtnlg_jax.parallel.mesh import make_mesh, row_shards
+from mtnlg_jax.parallel.mesh import AXES, make_mesh, row_shards
 
 logger = logging.getLogger(__name__)
 
-# Axes of the mesh that place a model that decodes.
-AXES = ("data", "tensor", "context", "expert", "pipe")
 # The names by which tasks ask for the number of new tokens, the first that is given wins; and the
 # number where none is, as in the harness.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

@@ -239,8 +239,7 @@ def _settings(what: str, folder: str, tokenizer: Tokenizer) -> Config:
     # The run's own config and not the checkpoint's: nothing large is opened for a check.
     content = storage.read_file(folder, "config.json")
     if content is None:
-        exists = storage.is_remote(folder) or os.path.exists(folder)
-        reason = "it has no config.json" if exists else storage.missing(folder)
+        reason = storage.lacking(folder, "config.json")
         raise FileNotFoundError(
             f"{what}={folder} is not a run: {reason}; give the --workdir of a "
             "launch/pretrain.py run, the --to of launch/convert.py, or a Hugging Face folder"

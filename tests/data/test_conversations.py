@@ -91,7 +91,8 @@ def test_rows_predict_the_turns_of_the_assistant_alone(prepared):
     whole = shown_text.replace("<|im_end|>", "")
     assert whole != shown_text and "<|" not in whole
     assert "user" not in whole and "assistant" not in whole and "where" not in whole
-    held = HeldOut([(open_tokens(out / "heldout"), 1.0)], 64, 4).rows(np.array([0]))
+    held_out = HeldOut([(open_tokens(out / "heldout"), 1.0)], 64, 4)
+    held = held_out.read(held_out.source[:1], held_out.window[:1])
     assert held["answers"].sum() == open_tokens(out / "heldout").predicted[0]
 
 

@@ -50,7 +50,7 @@ def test_each_token_of_a_recipe_has_its_source(mixed):
     held_out = HeldOut([(tokens, 1.0)], LENGTH, 1000)
     sources = HeldOutSources(held_out, LENGTH)
     assert sources.names == ("web", "books", "rare") and not len(sources.part)
-    rows = held_out.rows(np.arange(len(held_out)))
+    rows = held_out.read(held_out.source, held_out.window)
     found = sources.of_rows(held_out.source, held_out.window)
     real = rows["segment_ids"] > 0
     assert real.sum() > len(tokens)

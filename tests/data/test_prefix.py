@@ -331,7 +331,7 @@ def test_rows_hold_one_image_and_predict_its_text(folder):
         ]
         assert len(set(texts)) == train.documents
     rows = HeldOut([(held, 1.0)], LENGTH, 100)
-    raw = rows.rows(np.arange(len(rows)))
+    raw = rows.read(rows.source, rows.window)
     made = with_prefix(causal_batch(raw), raw, MODEL)
     for number in range(len(rows)):
         check_row({key: x[number] for key, x in made.items()}, tokenizer)

@@ -4,12 +4,29 @@ import functools
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.train import evaluate, loop
 
 # The folder of the tests is not in the import path, but test_step.py is there.
 sys.path.append(str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def prepared_words(tmp_path_factory):
+    """Return a function that prepares lines of random words, and returns the folder."""
+
+    def make(words, lines=400):
+        folder = tmp_path_factory.mktemp("words")
+        rng = np.random.default_rng(0)
+        text = "\n".join(" ".join(rng.choice(words, 12)) + "." for _ in range(lines))
+        (folder / "book.txt").write_text(text)
+        prepare(folder / "book.txt", folder / "data", vocab_size=300, heldout=0.1, progress=False)
+        return str(folder / "data")
+
+    return make
 
 
 class Kept:

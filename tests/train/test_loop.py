@@ -18,7 +18,6 @@ from mtnlg_jax.config import (
     StageConfig,
     TrainConfig,
 )
-from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.errors import Diverged
 from mtnlg_jax.hardware import flops_per_token
 from mtnlg_jax.train import lifetime, loop
@@ -32,13 +31,8 @@ WORDS = (
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("loop")
-    rng = np.random.default_rng(0)
-    text = "\n".join(" ".join(rng.choice(WORDS, 12)) + "." for _ in range(400))
-    (folder / "book.txt").write_text(text)
-    prepare(folder / "book.txt", folder / "data", vocab_size=300, heldout=0.1, progress=False)
-    return str(folder / "data")
+def prepared(prepared_words):
+    return prepared_words(WORDS)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,7 +17,6 @@ from mtnlg_jax.config import (
     StageConfig,
     TrainConfig,
 )
-from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.train import loop
 from mtnlg_jax.train.metrics import read_metrics
 from mtnlg_jax.train.step import make_train_step
@@ -31,14 +30,8 @@ WORDS = (
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("other-mesh")
-    rng = np.random.default_rng(0)
-    (folder / "book.txt").write_text(
-        "\n".join(" ".join(rng.choice(WORDS, 12)) + "." for _ in range(300))
-    )
-    prepare(folder / "book.txt", folder / "data", vocab_size=300, heldout=0.1, progress=False)
-    return str(folder / "data")
+def prepared(prepared_words):
+    return prepared_words(WORDS, lines=300)
 
 
 CAUSAL = (StageConfig(),)

@@ -22,7 +22,6 @@ from mtnlg_jax.config import (
     TrainConfig,
     validate,
 )
-from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import adapt, inputs, loop, privacy
 from mtnlg_jax.train.checkpoint import load_run
@@ -33,13 +32,8 @@ WORDS = "the whale swam north while nobody on the ship dared to wake the old cap
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("privacy")
-    rng = np.random.default_rng(0)
-    text = "\n".join(" ".join(rng.choice(WORDS, 12)) + "." for _ in range(400))
-    (folder / "book.txt").write_text(text)
-    prepare(folder / "book.txt", folder / "data", vocab_size=300, heldout=0.1, progress=False)
-    return str(folder / "data")
+def prepared(prepared_words):
+    return prepared_words(WORDS)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -34,8 +34,7 @@ class Settings:
                 )
         content = storage.read_file(workdir, "config.json")
         if content is None:
-            exists = storage.is_remote(workdir) or os.path.exists(workdir)
-            reason = "it has no config.json" if exists else storage.missing(workdir)
+            reason = storage.lacking(workdir, "config.json")
             raise FileNotFoundError(
                 f"--workdir={workdir} is not a run of launch/pretrain.py: {reason}"
             )
