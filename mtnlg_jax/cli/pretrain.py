@@ -37,6 +37,7 @@ from absl import flags
 
 from mtnlg_jax import command
 from mtnlg_jax.cli.processes import several_processes
+from mtnlg_jax.cli.programs import executables
 
 if TYPE_CHECKING:
     from mtnlg_jax.config import Config
@@ -52,7 +53,8 @@ with command.flag_group("The run"):
     _FLAGS = flags.DEFINE_enum(
         "flags", "on", ["on", "off"], "set the compiler's flags that mtnlg_jax/xla_flags.py lists"
     )
-flags.adopt_module_key_flags(several_processes)
+for module in (executables, several_processes):
+    flags.adopt_module_key_flags(module)
 
 
 def main() -> None:
@@ -77,6 +79,7 @@ def main() -> None:
             _PROGRESS.value,
             functools.partial(print, flush=True),
             tasks=_tasks_of(config),
+            executables=executables.asked(),
         )
         if processes.is_first():
             print(describe(summary))

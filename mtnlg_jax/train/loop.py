@@ -19,6 +19,7 @@ from mtnlg_jax.train import changes, describe, init_from, lifetime, privacy, pro
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.course import Course, open_checkpoints
 from mtnlg_jax.train.evaluate import Evaluator
+from mtnlg_jax.train.executables import Executables
 from mtnlg_jax.train.inputs import Data, batch_at, load_data, resolve
 from mtnlg_jax.train.metrics import MetricsLog
 from mtnlg_jax.train.privacy import Ledger
@@ -37,12 +38,14 @@ def train(
     announce: Callable[[str], None] = lambda text: None,
     enough: Callable[[Sequence[dict]], bool] = lambda evaluations: False,
     tasks: Tasks | None = None,
+    executables: Executables | None = None,
 ) -> Summary:
     """Train ``config`` in ``workdir``, resuming from the newest good checkpoint, and summarize it.
 
     Every process calls this. The first one writes the files and describes the run to ``announce``.
     The run ends early once the records of its evaluations, also of earlier starts, are ``enough``.
     ``tasks`` scores train.eval_tasks: `mtnlg_jax.evaluate.in_training.RunTasks` of the config.
+    ``executables`` has steps that were compiled before.
 
     Raises ValueError if a setting is invalid or contradicts the run in ``workdir``, Preempted after
     a signal to any process (the state is saved if it is finite), Diverged after train.max_bad_steps
@@ -63,6 +66,8 @@ def train(
     ):
         compat.serialize_cpu_collectives()
         config, data, mesh = _resolved(config)
+        executables = executables or Executables()
+        executables.check(config, mesh)
         score = tasks.start(config, mesh, data.tokenizer) if tasks else None
         checkpoints = resources.enter_context(closing(open_checkpoints(config, workdir)))
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())
@@ -72,9 +77,10 @@ def train(
         samples = int(state.samples)
         total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
         _describe_start(config, mesh, data, workdir, first, samples, restored, ledger, announce)
+        executables.announce = announce if processes.is_first() else executables.announce
         log = resources.enter_context(closing(MetricsLog(workdir, first, processes.is_first())))
         bar = resources.enter_context(_progress_bar(config, first, show_progress))
-        steps = _compiled_steps(config, mesh, data, teachers, total_samples, watchdog)
+        steps = _compiled_steps(config, mesh, data, teachers, total_samples, watchdog, executables)
         course = Course(
             config,
             workdir,
@@ -193,24 +199,20 @@ def _compiled_steps(
     teachers: dict,
     total_samples: int,
     watchdog: Watchdog,
+    executables: Executables,
 ) -> dict[tuple[int, bool], CompiledStep]:
     """Return {(kind, masked): step}, where kind is -1 or the number of a stage with a teacher."""
     # An argument and not a constant, which the cache of compiled programs would keep on disk.
     noise = (privacy.noise_key(config, data.fingerprints),) if config.optimizer.private else ()
     steps = {}
-    for kind, options in init_from.kinds_of_steps(teachers):
+    for kind, more in init_from.kinds_of_steps(teachers):
         # The attention mask is static, so a masked step is another program. It costs nothing if no
         # stage is masked, because a step is compiled at its first call.
         for masked in (False, True):
-            step = make_train_step(
-                config,
-                mesh,
-                causal=not masked,
-                total_samples=total_samples,
-                sparse=data.has_answers,
-                **options,
-            )
-            steps[kind, masked] = CompiledStep(step, watchdog, noise)
+            options = {"total_samples": total_samples, "sparse": data.has_answers, **more}
+            step = make_train_step(config, mesh, causal=not masked, **options)
+            kept = executables.step(config, mesh, not masked, kind, options)
+            steps[kind, masked] = CompiledStep(step, watchdog, noise, kept)
     return steps
 
 
