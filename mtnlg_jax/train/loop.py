@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
+import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -105,7 +106,7 @@ def train(
             number, _, stage = stage_at(config.train, step)
             kind, teacher = init_from.teacher_of(teachers, number)
             run_step = steps[kind, is_masked(config.train, step)]
-            scale = float(stage.learning_rate_scale)
+            scale = np.float32(stage.learning_rate_scale)  # as compile_ahead.py gives it
             state, metrics = run_step(
                 course.state, batch, micro_batches, sequences, scale, *teacher
             )
