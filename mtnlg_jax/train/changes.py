@@ -133,6 +133,7 @@ FREE = {
     "train.phase_seconds",
     "train.heartbeat_seconds",
     "train.compare_every",
+    "train.verify_every",
     "train.device_flops",
 }
 FREE_SECTIONS = ("mesh", "decode")

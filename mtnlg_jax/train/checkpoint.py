@@ -188,6 +188,14 @@ class Checkpoints:
         # Only an unproven checkpoint is renamed: an older one led to finite steps.
         return run_on_first(lambda: self._files.set_aside(self._unproven))
 
+    def distrust(self, after: int) -> int | None:
+        """Set the checkpoints of steps above ``after`` aside.
+
+        Return the step of the newest one that is left, the same in every process; None without any.
+        """
+        self.wait()
+        return run_on_first(lambda: self._files.set_later_aside(after))
+
     def restore(
         self,
         abstract_state: Any,

@@ -16,7 +16,7 @@ from mtnlg_jax import compat
 from mtnlg_jax.config import Config, validate, validate_batch
 from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.parallel.mesh import make_mesh, row_shards
-from mtnlg_jax.train import changes, describe, init_from, lifetime, privacy, processes
+from mtnlg_jax.train import changes, describe, init_from, lifetime, privacy, processes, replicas
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.course import Course, open_checkpoints
 from mtnlg_jax.train.evaluate import Evaluator
@@ -24,6 +24,7 @@ from mtnlg_jax.train.executables import Executables
 from mtnlg_jax.train.inputs import Data, batch_at, load_data, resolve
 from mtnlg_jax.train.metrics import MetricsLog
 from mtnlg_jax.train.privacy import Ledger
+from mtnlg_jax.train.replicas import ReplicaCheck
 from mtnlg_jax.train.reporter import Meter, Reporter, Summary, show
 from mtnlg_jax.train.schedule import is_masked, samples_at_end, stage_at
 from mtnlg_jax.train.state import TrainState, abstract_state, init_state, renew
@@ -98,6 +99,7 @@ def train(
             show_progress,
             lambda: [steps[key].fingerprint for key in sorted(steps)],
         )
+        compare_replicas = ReplicaCheck(course, mesh)
         course.begin(first, state)
 
         while course.goes_on:
@@ -110,6 +112,7 @@ def train(
             state, metrics = run_step(
                 course.state, batch, micro_batches, sequences, scale, *teacher
             )
+            compare_replicas(state, batch)  # where it is due, before a checkpoint
             course.after_step(state, metrics, int(sequences))  # reports, evaluates, saves
 
         course.finish()
@@ -127,6 +130,7 @@ def _resolved(config: Config) -> tuple[Config, Data, Mesh]:
     config = resolve(config, data.tokenizer)
     mesh = make_mesh(config.mesh)
     validate_batch(config, row_shards(mesh.shape))  # data=-1 is only known now
+    replicas.check_mesh(config, mesh)
     return config, data, mesh
 
 
