@@ -23,10 +23,10 @@ With several processes. On SLURM, TPU pods and GKE start it once on every host o
         --coordinator=HOST:1234 --processes=2 --process_id=0
 
 Exit codes: 0 done, 2 bad input, 3 diverged, 4 no step was done in time (RUN/stacks-PROCESS.txt), 5
-the processes disagree, 6 another process ended (134: detected by JAX), 74 reading or writing failed
-for a reason that may pass, 75 stopped by a signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2,
-SIGXCPU) with its state saved. After 4, 6, 74, 75, 134 and a kill it is worth starting all processes
-again.
+the processes or the replicas disagree, 6 another process ended (134: detected by JAX), 74 reading
+or writing failed for a reason that may pass, 75 stopped by a signal (SIGTERM, SIGINT, SIGHUP,
+SIGUSR1, SIGUSR2, SIGXCPU) with its state saved. After 4, 6, 74, 75, 134 and a kill it is worth
+starting all processes again.
 """
 
 import functools

@@ -9,6 +9,7 @@
       200/finite           empty: a loss of these parameters was finite
       100.damaged/         found damaged at a start and set aside
       100.diverged/        set aside, because no step from it was finite
+      100.suspect/         set aside, because replicas differed later (`replicas`)
 
 A checkpoint counts once its record exists. With several processes all take part in Orbax's reading
 and writing. Process 0 alone locks, records, chooses and deletes; the others receive its choice or

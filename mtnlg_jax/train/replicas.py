@@ -254,16 +254,15 @@ class ReplicaCheck:
                 f"replicas {names} of {count} along mesh.data computed different bits, and it is "
                 "not certain which of them is wrong"
             )
-        resume = (
-            f"the run then resumes from checkpoint {left}"
-            if left is not None
-            else "no checkpoint is that old, so the run then begins anew"
-        )
-        clean = f"All was well after step {checked}" if checked else "No step before was compared"
+        if left is None:
+            resume = "no checkpoint is from before that, and the run begins anew"
+        else:
+            resume = f"the run resumes from checkpoint {left}"
+        clean = f"all was well after step {checked}" if checked else "no step before was compared"
         return (
-            f"after step {done} {found} from the same rows ({', '.join(what)}): {places}. Silent "
-            "corruption: keep that machine out of the run and start again. "
-            f"{clean}: {resume}; later checkpoints are renamed to checkpoints/N.suspect"
+            f"after step {done} {found} from the same rows ({', '.join(what)}): {places}. This is "
+            "silent corruption: keep that machine out and start again. The last comparison: "
+            f"{clean}, so {resume}; later checkpoints are renamed to checkpoints/N.suspect"
         )
 
     def _last_clean(self, done: int) -> int:

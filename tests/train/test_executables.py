@@ -22,6 +22,7 @@ from mtnlg_jax.config import (
     StageConfig,
     TrainConfig,
     override,
+    to_json,
 )
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import changes, evaluate, executable_file, loop, program_key
@@ -253,6 +254,39 @@ def test_a_second_start_neither_traces_nor_compiles(tmp_path, prepared_words, mo
     assert "compiled" in said[-1]
     assert "truncated or damaged" in caplog.text
     assert executable_file.read(str(path))["causal"].key == _key(before)
+
+
+TOGETHER = """
+    import sys
+    import jax
+    from mtnlg_jax.config import from_json
+    from mtnlg_jax.train import loop, processes
+    from mtnlg_jax.train.executables import Executables
+
+    me, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    processes.start(f"localhost:{port}", 2, me, 100, local_devices=4)
+    config = from_json(open(f"{folder}/config.json").read())
+    for name in ("first", "second"):
+        kept = Executables(None, f"{folder}/kept")
+        loop.train(config, f"{folder}/{name}", False, print, executables=kept)
+    processes.exit_now(0)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_keep_a_step_and_load_it(tmp_path, prepared_words):
+    from test_processes import run_all
+
+    config = dataclasses.replace(CONFIG, data=DataConfig(path=prepared_words(WORDS)))
+    # All replicas agree, also those of different processes.
+    config = override(config, "train.verify_every=1")
+    (tmp_path / "config.json").write_text(to_json(config))
+    (code, output), (other, other_output) = run_all(TOGETHER, 2, tmp_path)
+    assert (code, other) == (0, 0), output + other_output
+    (path,) = (tmp_path / "kept").iterdir()
+    assert f"kept in {path}" in output
+    assert f"loaded from {path}" in output
+    assert losses(tmp_path / "second") == losses(tmp_path / "first")
 
 
 def _key(content: bytes) -> dict:
