@@ -54,7 +54,8 @@ def serialized(
     # The first output is the state, as the first argument is. The trees are not pickled.
     _, *others = tree.unflatten([0] * tree.num_leaves)
     outputs = json.loads(json.dumps(others))
-    assert jax.tree.structure(outputs) == jax.tree.structure(others)
+    if outputs != others:
+        raise ValueError(f"the {name} step has results that JSON cannot hold: {others}")
     return Program(name, key, print_of_text, outputs, content)
 
 
@@ -178,11 +179,17 @@ class Executables:
         self, config: Config, mesh: Mesh, causal: bool, kind: int, options: dict[str, Any]
     ) -> KeptStep | None:
         """Return the step of `step.make_train_step` with ``options`` and its ``kind``; None if
-        there is neither file nor folder."""
+        there is neither file nor folder.
+
+        Raises ValueError where the file has it for another run.
+        """
         if not (self.file or self.folder):
             return None
         key = key_of(config, mesh) | program_options(config, causal, **options)
-        return KeptStep(self, program_name(causal, kind), key, mesh)
+        name = program_name(causal, kind)
+        if self.file:
+            self.find(name, key)  # before the first step, which may be minutes away
+        return KeptStep(self, name, key, mesh)
 
     def find(self, name: str, key: dict[str, Any]) -> Program | None:
         """Return the program of this name and key, or None.

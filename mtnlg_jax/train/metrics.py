@@ -135,9 +135,9 @@ class MetricsLog:
         """Append ``record``, with its "time"; it has "step" and "kind" (train | eval | tasks |
         replicas).
 
-        The time is in seconds since 1970 (UTC); with the dates of starts.jsonl it tells how long the
-        run took. The other numbers go to TensorBoard under kind/name. A number that is not finite
-        is null in the file, because JSON cannot express it.
+        The time is in seconds since 1970 (UTC); with the dates of starts.jsonl it tells how long
+        the run took. The other numbers go to TensorBoard under kind/name. A number that is not
+        finite is null in the file, because JSON cannot express it.
         """
         record = record | {"time": round(time.time(), 3)}
         self.records.append(record)
