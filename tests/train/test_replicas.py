@@ -119,9 +119,10 @@ MESHES = {
     "1f1b": MeshConfig(data=4, pipe=2, schedule="1f1b"),
     "rounds": MeshConfig(data=2, pipe=2, virtual_pipe=2, tensor=2),
     "experts": MeshConfig(data=2, expert=2, tensor=2),
+    "adapters": MeshConfig(data=4, tensor=2),
 }
 EXPERTS = MoEConfig(num_moe_experts=4, moe_router_topk=2, moe_aux_loss_coeff=0.01)
-SLOW = ("context", "1f1b", "rounds", "experts")
+SLOW = ("context", "1f1b", "rounds", "experts", "adapters")
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,9 @@ SLOW = ("context", "1f1b", "rounds", "experts")
 def test_equal_replicas_agree_and_a_flipped_bit_names_one(name, monkeypatch):
     model = {"moe": EXPERTS} if name == "experts" else {"num_layers": 4} if name == "rounds" else {}
     config = config_of(MESHES[name], **model)
+    if name == "adapters":
+        lora = OptimizerConfig(lora_rank=2, lora_base="int8")
+        config = dataclasses.replace(config, optimizer=lora)
     plant(monkeypatch, 1, step=1)
     replicas = Replicas(config)
     good = replicas.turns(2)
