@@ -126,7 +126,8 @@ def measure(args: argparse.Namespace) -> dict:
 
 def command_of(args: argparse.Namespace) -> str:
     """Return the command, without the paths of this machine."""
-    given = {"config": args.config, "devices": args.devices, "rounds": args.rounds}
+    rounds = None if args.small else args.rounds
+    given = {"config": args.config, "devices": args.devices, "rounds": rounds}
     parts = ["python benchmarks/restart.py", "--small" if args.small else "--data=OUT"]
     parts += [f"--{name}={value}" for name, value in given.items() if value is not None]
     return " ".join([*parts, *(f"--set={value}" for value in args.set)])

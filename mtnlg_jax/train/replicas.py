@@ -10,7 +10,7 @@ same compiled program. Sums of bit patterns are compared, which are exact. Of tw
 differ a third one tells which is odd. Weights that replicas hold in full are compared as well.
 """
 
-# Shapes: M micro-batches, B rows of one over the whole mesh
+# Shapes: B rows, S query positions, D width
 
 import functools
 import socket
@@ -175,7 +175,8 @@ def odd_ones(passes: list[np.ndarray]) -> tuple[list[int], bool, list[str]]:
     odd: set[int] = set()
     doubtful: set[int] = set()
     for rows in differing:
-        first, second = result(rows, 0), result(rows, 1)
+        first = result(rows, 0)
+        second = result(rows, 1)
         third = result(rows, 2) if len(passes) > 2 else b""
         if third == second:
             odd.add(rows)

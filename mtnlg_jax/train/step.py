@@ -155,15 +155,19 @@ class CompiledStep:
         if self._compiled is None:
             self._watchdog.enter("compilation")
             found = self._kept.load(args) if self._kept else None
-            self._compiled, self.fingerprint = found or self._compile(args)
+            found = found or self._compile(self._train_step, args)
+            self._compiled = found[0]
+            self.fingerprint = found[1]
         return self._compiled(*args)
 
-    def _compile(self, args: tuple) -> tuple[jax.stages.Compiled, str]:
+    def _compile(
+        self, train_step: jax.stages.Wrapped, args: tuple
+    ) -> tuple[jax.stages.Compiled, str]:
         """Return (the compiled step, the hash of its lowered text)."""
         start = time.perf_counter()
         # Compiled ahead of the call: the text of the program becomes known, and arguments of
         # another shape later are an error instead of a silent second compilation.
-        lowered = self._train_step.lower(*args)
+        lowered = train_step.lower(*args)
         # `processes.check_same_run` compares it: processes with different programs may wait for
         # each other forever.
         text = fingerprint(lowered.as_text())
