@@ -83,6 +83,7 @@ OTHERS = {
     "train.phase_seconds": 7,
     "train.heartbeat_seconds": 77,
     "train.compare_every": 7,
+    "train.verify_every": 7,
     "train.device_flops": 7.0,
     "decode.temperature": 0.5,
 }
