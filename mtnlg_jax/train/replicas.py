@@ -79,11 +79,11 @@ def make_sums(config: Config, mesh: Mesh, causal: bool) -> Callable:
 
     def sums(params, batch, key):
         params, batch = vary((params, batch))
-        natural = split_params(params)
         if pipelined:
-            natural = natural._replace(blocks=to_rounds(natural.blocks, rounds))
-        params = weights.at_start(natural)
-        rest, blocks = params
+            natural = split_params(params)
+            params = natural._replace(blocks=to_rounds(natural.blocks, rounds))
+        params = weights.at_start(params)
+        rest, blocks = params if pipelined else split_params(params)
         # Any number that is the same everywhere: a sum over data would depend on the order of rows.
         total = float(batch["weights"][0].size)
         key = jax.random.wrap_key_data(key)

@@ -275,14 +275,15 @@ TOGETHER = """
 
 
 @pytest.mark.slow
-def test_two_processes_keep_a_step_and_load_it(tmp_path, prepared_words):
-    from test_processes import run_all
+def test_two_processes_keep_a_step_and_load_it(tmp_path, prepared_words, monkeypatch):
+    import test_processes
 
+    monkeypatch.setattr(test_processes, "PATIENCE", 400)
     config = dataclasses.replace(CONFIG, data=DataConfig(path=prepared_words(WORDS)))
     # All replicas agree, also those of different processes.
     config = override(config, "train.verify_every=1")
     (tmp_path / "config.json").write_text(to_json(config))
-    (code, output), (other, other_output) = run_all(TOGETHER, 2, tmp_path)
+    (code, output), (other, other_output) = test_processes.run_all(TOGETHER, 2, tmp_path)
     assert (code, other) == (0, 0), output + other_output
     (path,) = (tmp_path / "kept").iterdir()
     assert f"kept in {path}" in output

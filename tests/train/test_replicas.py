@@ -38,10 +38,9 @@ WORDS = "the whale swam north while the old captain slept and nobody on the ship
 
 
 def config_of(mesh: MeshConfig, **model) -> Config:
-    model = {"dropout_rate": 0.1} | model
+    model = {"dropout_rate": 0.1, "num_layers": 2} | model
     return Config(
         model=ModelConfig(
-            num_layers=2,
             hidden_size=32,
             num_attention_heads=4,
             max_position_embeddings=16,
