@@ -22,15 +22,21 @@ def new(config: Config, trained: nnx.State) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32), trained)
 
 
-def updated(config: Config, averages: Any, trained: nnx.State, done: jax.Array) -> Any:
-    """Return the averages after step ``done`` (from 1), which led to the weights ``trained``.
+def updated(config: Config, state: Any, trained: nnx.State) -> dict[str, Any]:
+    """Return the extras of ``state`` (a `TrainState`) with the averages, if there are any, moved
+    toward the weights ``trained`` after the next step.
 
     The decay is at most (1 + t) / (10 + t) at step t, as in TensorFlow's
     ExponentialMovingAverage: otherwise random weights would stay in the average for long.
     """
-    t = done.astype(jnp.float32)
+    extras = state.extras
+    if KEY not in extras:
+        return extras
+    t = (state.step + 1).astype(jnp.float32)
     decay = jnp.minimum(config.train.ema_decay, (1 + t) / (10 + t))
-    return jax.tree.map(lambda old, x: old + (1 - decay) * (x - old), averages, trained)
+    return extras | {
+        KEY: jax.tree.map(lambda old, x: old + (1 - decay) * (x - old), extras[KEY], trained)
+    }
 
 
 def parameters(config: Config, params: nnx.State, averages: Any) -> nnx.State:

@@ -96,21 +96,15 @@ def make_train_step(
         def select(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-        trained = select(params, trained)
-        extras = dict(state.extras)
-        if averages.KEY in extras:  # a skipped step leaves the average as it is
-            moved = averages.updated(config, extras[averages.KEY], trained, state.step + 1)
-            extras[averages.KEY] = select(moved, extras[averages.KEY])
-
         # The counters always advance: the data of a non-finite step is not read again.
         new_state = TrainState(
-            params=to_params(trained),
+            params=to_params(select(params, trained)),
             opt_state=select(opt_state, state.opt_state),
             step=state.step + 1,
             samples=samples,
             nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),
             nonfinite_total=state.nonfinite_total + ~finite,
-            extras=extras,
+            extras=select(averages.updated(config, state, params), state.extras),
         )
         metrics = {
             "loss": loss,
