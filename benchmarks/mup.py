@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {
         "version": __version__,
         "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/mup.py --steps={args.steps}",
+        "command": " ".join(["python benchmarks/mup.py", *(argv or sys.argv[1:])]),
         "device": platform.machine(),
         "versions": environment()["versions"],
         "widths": WIDTHS,
