@@ -335,6 +335,22 @@ _MODEL_RULES: Rules = (
         "give; set it to auto",
     ),
     (
+        lambda m: (m.mup_base_hidden_size or 0) > m.hidden_size,
+        "model.mup_base_hidden_size={c.mup_base_hidden_size} is wider than "
+        "model.hidden_size={c.hidden_size}; give the width of a smaller model, at which the "
+        "learning rate was found, or None",
+    ),
+    (
+        lambda m: (m.mup_base_kv_channels or 0) > m.head_width,
+        "model.mup_base_kv_channels={c.mup_base_kv_channels} is wider than a head of this model, "
+        "{c.head_width}; give the head width of the base model, or None",
+    ),
+    (
+        lambda m: m.mup_base_kv_channels and not m.mup_base_hidden_size,
+        "model.mup_base_kv_channels={c.mup_base_kv_channels} is for muP, and "
+        "model.mup_base_hidden_size=None turns it off; set that too",
+    ),
+    (
         lambda m: m.moe.num_moe_experts and m.moe.moe_router_topk > m.moe.num_moe_experts,
         "model.moe.moe_router_topk={c.moe.moe_router_topk} is above "
         "model.moe.num_moe_experts={c.moe.num_moe_experts}; lower it",

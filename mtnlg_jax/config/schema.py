@@ -231,6 +231,13 @@ class TrainConfig:
     # Share of each target that is spread evenly over the vocabulary. The held-out loss has no
     # smoothing.
     label_smoothing: ShareBelow1 = 0.0
+    # Weight of the z-loss, the square of log Z of each token, which keeps logits from drifting
+    # (Chowdhery 2022, PaLM, section 5: 1e-4). It adds to gradients, not to the reported loss.
+    z_loss_coeff: NotNegative = 0.0
+    # Decay of the exponential moving average of the weights, which checkpoints keep beside them
+    # (--checkpoint=ema). The average follows faster at first: step t uses at most
+    # (1 + t) / (10 + t). 0: off.
+    ema_decay: ShareBelow1 = 0.0
     # Steps from one log line to the next.
     log_every: Count = 1
     # Steps from one evaluation to the next. 0: evaluate at the end only.

@@ -215,7 +215,7 @@ class Job:
         chunk = min(self.config.train.loss_chunk, tokens)
         head = model.vocabulary / tensor * (10 * chunk + 4 * model.hidden_size)
         parameters = {
-            "masters": 4 * (blocks + rest),
+            "masters": (8 if self.config.train.ema_decay else 4) * (blocks + rest),
             "moments": 4 * (blocks + rest + second),
             "weights": weights,
             "gradients": gradients,

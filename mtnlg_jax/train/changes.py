@@ -49,7 +49,8 @@ IDENTITY = (
             "ffn_hidden_size vocab_size max_position_embeddings position_embedding_type "
             "rotary_base rotary_percent normalization norm_placement norm_epsilon qk_layernorm "
             "parallel_residual embedding_norm activation add_bias bias tie_embeddings mlm_head "
-            "layer_pattern attn_logit_softcapping final_logit_softcapping attention_sink"
+            "layer_pattern attn_logit_softcapping final_logit_softcapping attention_sink "
+            "mup_base_hidden_size mup_base_kv_channels"
         ).split()
     }
     | {
@@ -103,6 +104,8 @@ REPORTED = {
     "train.compute_dtype",
     "train.reduce_dtype",
     "train.label_smoothing",
+    "train.z_loss_coeff",
+    "train.ema_decay",
     "train.eval_batches",
 }
 

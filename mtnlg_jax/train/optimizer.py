@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from mtnlg_jax.config import OptimizerConfig
+from mtnlg_jax.config import ModelConfig, OptimizerConfig
+from mtnlg_jax.model import mup
 from mtnlg_jax.parallel.mesh import dims_of, parameter_name
 
 Path = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
@@ -29,8 +30,11 @@ def decay_mask(params: Any) -> Any:
     )
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Chain clipping by global norm, moments and decoupled weight decay.
+def make_optimizer(
+    config: OptimizerConfig, model: ModelConfig | None = None
+) -> optax.GradientTransformation:
+    """Chain clipping by global norm, moments, the factors of muP if ``model`` has it, and decoupled
+    weight decay.
 
     The caller scales the updates by minus the learning rate.
     """
@@ -42,8 +46,21 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     if config.name == "muon":
         # Clipping is outside the partition, so that the norm is that of all gradients together.
         moments = optax.partition({"adam": moments, "muon": _muon(config)}, _labels)
-    # Decay follows the moments and so is decoupled from them (AdamW, Loshchilov 2019).
-    return optax.chain(clip, moments, optax.add_decayed_weights(config.weight_decay, decay_mask))
+    # Decay follows the moments and so is decoupled from them (AdamW, Loshchilov 2019). It follows
+    # the factors of muP as well: only updates depend on the width.
+    decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
+    if model is None or model.mup_ratio == 1:
+        return optax.chain(clip, moments, decay)
+    return optax.chain(clip, moments, _mup(config, model), decay)
+
+
+def _mup(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
+    def scaled(updates: Any, _: Any = None) -> Any:
+        kinds = {"muon": _labels(updates)}
+        each = kinds.get(config.name) or jax.tree.map(lambda _: config.name, updates)
+        return mup.scale_updates(updates, model, each)
+
+    return optax.stateless(scaled)
 
 
 def _is_matrix(path: Path) -> bool:
@@ -59,15 +76,12 @@ def _labels(params: Any) -> Any:
 
 
 def _matrix_dims(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return (the input dims, the output dims) of a stacked matrix.
-
-    Its input is D (LDNH, LDF, LEDF), or its output is D (LNHD, LFD, LEFD).
-    """
-    dims = dims_of(path)
+    """Return (the input dims, the output dims) of a stacked matrix, by number."""
+    inputs, outputs = mup.sides(parameter_name(path))
     # L and E belong to neither side: each layer and each expert has a matrix of its own.
-    first = 2 if dims[1] == "E" else 1
-    split = first + 1 if dims[first] == "D" else len(dims) - 1
-    return tuple(range(first, split)), tuple(range(split, len(dims)))
+    first = len(dims_of(path)) - len(inputs) - len(outputs)
+    split = first + len(inputs)
+    return tuple(range(first, split)), tuple(range(split, split + len(outputs)))
 
 
 def _matrix_axes(updates: Any) -> Any:
