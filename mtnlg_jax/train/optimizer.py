@@ -1,8 +1,9 @@
-"""AdamW or Muon, from Optax.
+"""AdamW, Muon or Lion, from Optax, or SOAP.
 
 The train step applies the learning rate, because it knows how many samples were consumed.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from optax import contrib
 
 from mtnlg_jax.config import OptimizerConfig
 from mtnlg_jax.parallel.mesh import dims_of, parameter_name
+from mtnlg_jax.train.soap import scale_by_soap
 
 Path = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
 
@@ -30,20 +32,50 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Chain clipping by global norm, moments and decoupled weight decay.
+    """Chain clipping by global norm, moments, clipping of the update and decoupled weight decay.
 
     The caller scales the updates by minus the learning rate.
     """
     # Clipping comes first: moments then never see a gradient above the limit.
-    clip = optax.identity()
-    if config.clip_grad_norm:
-        clip = optax.clip_by_global_norm(config.clip_grad_norm)
-    moments = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    clip = _clip(config.clip_grad_norm)
+    # Decay follows the moments and so is decoupled from them (AdamW, Loshchilov 2019). The limit of
+    # the update is before it, so that decay goes on where an update is scaled down.
+    clip_update = _clip(config.clip_update_norm)
+    decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
+    return optax.chain(clip, _moments(config), clip_update, decay)
+
+
+def _clip(norm: float) -> optax.GradientTransformation:
+    return optax.clip_by_global_norm(norm) if norm else optax.identity()
+
+
+def _moments(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Return what turns clipped gradients into updates."""
+    if config.name == "lion":
+        return optax.scale_by_lion(config.b1, config.b2)
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    if config.name == "adamw":
+        return adam
+    # Clipping is outside the partition, so that the norm is that of all gradients together.
+    labels = functools.partial(_labels, config.name)
     if config.name == "muon":
-        # Clipping is outside the partition, so that the norm is that of all gradients together.
-        moments = optax.partition({"adam": moments, "muon": _muon(config)}, _labels)
-    # Decay follows the moments and so is decoupled from them (AdamW, Loshchilov 2019).
-    return optax.chain(clip, moments, optax.add_decayed_weights(config.weight_decay, decay_mask))
+        return optax.partition({"adam": adam, "muon": _muon(config)}, labels)
+    soap = scale_by_soap(
+        config.b1,
+        config.b2,
+        config.eps,
+        config.precondition_frequency,
+        config.max_precond_dim,
+        _matrix_dims,
+    )
+    return optax.partition({"adam": adam, "soap": soap}, labels)
+
+
+def moment_arrays(config: OptimizerConfig, params: Any) -> Any:
+    """Return the arrays of the optimizer's state for ``params``, as ShapeDtypeStructs by their
+    paths, without counters."""
+    state = jax.eval_shape(make_optimizer(config).init, params)
+    return jax.tree.map(lambda leaf: leaf if leaf.ndim else None, state)
 
 
 def _is_matrix(path: Path) -> bool:
@@ -51,10 +83,10 @@ def _is_matrix(path: Path) -> bool:
     return dims_of(path).startswith("L") and parameter_name(path).startswith("w_")
 
 
-def _labels(params: Any) -> Any:
-    """Give the matrices of the blocks to Muon; embeddings, head, norms and biases to Adam."""
+def _labels(name: str, params: Any) -> Any:
+    """Give the matrices of the blocks to ``name``; embeddings, head, norms and biases to Adam."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: "muon" if _is_matrix(path) else "adam", params
+        lambda path, _: name if _is_matrix(path) else "adam", params
     )
 
 
