@@ -9,9 +9,7 @@ from mtnlg_jax.train.schedule import learning_rate, samples_before
 
 # 100 sequences: in 25 steps of 4, or in 11 that grow from 4 to 12. The warm-up takes 20 of them.
 PLAIN = TrainConfig(steps=25, global_batch_size=4)
-RAMP = TrainConfig(
-    steps=11, global_batch_size=12, micro_batch_size=1, rampup_batch_size=(4, 4, 24)
-)
+RAMP = TrainConfig(steps=11, global_batch_size=12, micro_batch_size=1, rampup_batch_size=(4, 4, 24))
 # Sequences after each step of RAMP: sizes 4, 4, 4, 8, 8, then 12.
 AFTER = [4, 8, 12, 20, 28, 40, 52, 64, 76, 88, 100]
 
