@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from mtnlg_jax.config import ModelConfig, MoEConfig, OptimizerConfig
+from mtnlg_jax.config import MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
 from mtnlg_jax.model.transformer import init_parameters
+from mtnlg_jax.parallel.mesh import make_mesh, shardings_of
 from mtnlg_jax.train.checkpoint_arrays import flatten
 from mtnlg_jax.train.optimizer import make_optimizer
 
@@ -149,6 +151,37 @@ def test_rounding_does_not_choose_the_bases(rank):
     )
     for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(a["blocks"]["w_in_DF"], b["blocks"]["w_in_DF"], atol=2e-2)
+
+
+@pytest.mark.parametrize(("data", "tensor", "zero"), [(8, 1, 1), (2, 4, 1), (4, 2, 3), (2, 2, 0)])
+def test_the_state_is_split_as_its_parameter_and_gives_the_same_updates(data, tensor, zero):
+    config = MeshConfig(data=data, tensor=tensor, zero=zero)
+    mesh = make_mesh(config, jax.devices()[: data * tensor])
+    names = {"w_q_DNH": (1, 16, 4, 2), "w_out_FD": (1, 8, 16)}
+    rng = np.random.default_rng(0)
+    trees = [
+        {"blocks": {name: np.float32(rng.standard_normal(shape)) for name, shape in names.items()}}
+        for _ in range(5)
+    ]
+    optimizer = make_optimizer(dataclasses.replace(SOAP, precondition_frequency=2))
+    plan = shardings_of(jax.eval_shape(optimizer.init, trees[0]), mesh, zero)
+    specs = {name: x.spec for name, x in flatten(plan).items() if ".bases." in name}
+    split = ("data", "expert") if zero else None
+    assert {name.rpartition(".")[2]: spec for name, spec in specs.items()} == {
+        "w_q_DJ": P("pipe", split, None),
+        "w_q_NHJ": P("pipe", "tensor", None, None),
+        "w_out_FJ": P("pipe", "tensor", None),
+        "w_out_DJ": P("pipe", split, None),
+    }
+    params = shardings_of(trees[0], mesh, zero)
+    step = jax.jit(optimizer.update, out_shardings=(params, plan))
+    state = jax.device_put(optimizer.init(trees[0]), plan)
+    alone, _ = run(dataclasses.replace(SOAP, precondition_frequency=2), trees)
+    for tree, expected in zip(trees, alone, strict=True):
+        grads = jax.device_put(tree, params)
+        updates, state = step(grads, state, grads)
+        for one, many in zip(*map(jax.tree.leaves, (expected, updates)), strict=True):
+            np.testing.assert_allclose(many, one, atol=2e-3)
 
 
 def test_gradients_of_zero_change_nothing():
