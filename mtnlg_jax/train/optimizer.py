@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from optax import contrib
 
 from mtnlg_jax.config import OptimizerConfig
@@ -31,10 +32,13 @@ def decay_mask(params: Any) -> Any:
     )
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
     """Chain clipping by global norm, moments, clipping of the update and decoupled weight decay.
 
-    The caller scales the updates by minus the learning rate.
+    The caller scales the updates by minus the learning rate. The devices of ``mesh`` share what
+    XLA would compute on each; without one the updates are the same.
     """
     # Clipping comes first: moments then never see a gradient above the limit.
     clip = _clip(config.clip_grad_norm)
@@ -42,14 +46,14 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     # the update is before it, so that decay goes on where an update is scaled down.
     clip_update = _clip(config.clip_update_norm)
     decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
-    return optax.chain(clip, _moments(config), clip_update, decay)
+    return optax.chain(clip, _moments(config, mesh), clip_update, decay)
 
 
 def _clip(norm: float) -> optax.GradientTransformation:
     return optax.clip_by_global_norm(norm) if norm else optax.identity()
 
 
-def _moments(config: OptimizerConfig) -> optax.GradientTransformation:
+def _moments(config: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformation:
     """Return what turns clipped gradients into updates."""
     if config.name == "lion":
         return optax.scale_by_lion(config.b1, config.b2)
@@ -67,6 +71,7 @@ def _moments(config: OptimizerConfig) -> optax.GradientTransformation:
         config.precondition_frequency,
         config.max_precond_dim,
         _matrix_dims,
+        mesh,
     )
     return optax.partition({"adam": adam, "soap": soap}, labels)
 

@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.parallel.mesh import dims_of, parameter_name
 
@@ -110,7 +112,13 @@ _product = functools.partial(jnp.matmul, precision="highest")
 
 
 def scale_by_soap(
-    b1: float, b2: float, eps: float, frequency: int, max_dim: int, dims: MatrixDims
+    b1: float,
+    b2: float,
+    eps: float,
+    frequency: int,
+    max_dim: int,
+    dims: MatrixDims,
+    mesh: Mesh | None = None,
 ) -> optax.GradientTransformation:
     """Return SOAP for trees of stacked matrices; the caller scales by the learning rate.
 
@@ -119,6 +127,7 @@ def scale_by_soap(
       frequency: steps from one turn of the bases to the next.
       max_dim: sides longer than this keep the identity as their basis.
       dims: path -> (input dims, output dims) of a parameter; those before them are stacked.
+      mesh: its devices share the turns; None: one device.
     """
 
     def matrices(tree: Any) -> list[_Matrix]:
@@ -162,7 +171,7 @@ def scale_by_soap(
                     statistics[side.key] = b2 * statistics[side.key] + (1 - b2) * now
         bases, squares = jax.lax.cond(
             count % frequency == 0,
-            functools.partial(_turn_all, each, statistics),
+            functools.partial(_turn_all, each, mesh, statistics),
             lambda bases, squares: (bases, squares),
             bases,
             squares,
@@ -187,7 +196,11 @@ def _turned(matrix: _Matrix) -> Iterable[_Side]:
 
 
 def _turn_all(
-    matrices: list[_Matrix], statistics: Arrays, bases: Arrays, squares: list[jax.Array]
+    matrices: list[_Matrix],
+    mesh: Mesh | None,
+    statistics: Arrays,
+    bases: Arrays,
+    squares: list[jax.Array],
 ) -> tuple[Arrays, list[jax.Array]]:
     """Return bases one power iteration closer to the eigenvectors of the statistics, and the second
     moments (..., M, N) in the order of their columns."""
@@ -197,11 +210,31 @@ def _turn_all(
         for number, side in enumerate(matrix.sides):
             if side is None:
                 continue
-            basis, order_J = _closer(matrix.square(statistics, side), matrix.square(bases, side))
+            basis, order_J = _shared(
+                mesh, matrix.square(statistics, side), matrix.square(bases, side)
+            )
             bases[side.key] = basis.reshape(side.shape)
             along = order_J[..., :, None] if number == 0 else order_J[..., None, :]
             squares[place] = jnp.take_along_axis(squares[place], along, axis=number - 2)
     return bases, squares
+
+
+def _shared(
+    mesh: Mesh | None, statistic: jax.Array, basis: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return `_closer`, of which each device of ``mesh`` computes its share of the matrices."""
+    if mesh is None or mesh.size == 1:
+        return _closer(statistic, basis)
+    # XLA would factorize every matrix on every device.
+    *lead, side, _ = statistic.shape
+    count = math.prod(lead)
+    padding = ((0, -count % mesh.size), (0, 0), (0, 0))
+    flat = [jnp.pad(x.reshape(count, side, side), padding) for x in (statistic, basis)]
+    split = P(mesh.axis_names)
+    new, order_J = jax.shard_map(
+        _closer, mesh=mesh, in_specs=(split, split), out_specs=(split, split)
+    )(*flat)
+    return new[:count].reshape(basis.shape), order_J[:count].reshape(*lead, side)
 
 
 def _closer(statistic: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:

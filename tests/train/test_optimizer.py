@@ -20,6 +20,7 @@ from mtnlg_jax.config import (
 from mtnlg_jax.model.transformer import init_parameters
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train.batch import put_batch
+from mtnlg_jax.train.checkpoint_arrays import flatten
 from mtnlg_jax.train.optimizer import make_optimizer
 from mtnlg_jax.train.state import init_state
 from mtnlg_jax.train.step import make_train_step
@@ -135,7 +136,7 @@ def config_of(name, mesh):
 
 @functools.cache
 def after_steps(name, mesh, count=4):
-    """Return (losses, parameters of the blocks) of some steps on the same rows."""
+    """Return (losses, parameters of the blocks by name) of some steps on the same rows."""
     config = config_of(name, mesh)
     devices = mesh.pipe * mesh.data * mesh.context * mesh.tensor
     on = make_mesh(mesh, jax.devices()[:devices])
@@ -157,7 +158,7 @@ def after_steps(name, mesh, count=4):
         state, metrics = step(state, batch, jnp.int32(micro), jnp.int32(ROWS), 1.0)
         losses.append(float(metrics["loss"]))
     assert step._cache_size() == 1
-    return losses, [np.asarray(leaf) for leaf in jax.tree.leaves(state.params["blocks"])]
+    return losses, {name: np.asarray(x) for name, x in flatten(state.params["blocks"]).items()}
 
 
 ONE = MeshConfig(data=1)
@@ -183,15 +184,11 @@ def test_a_few_steps_lower_the_loss(name):
 def test_steps_on_a_mesh_equal_one_device(name, mesh):
     losses, one = after_steps(name, ONE)
     found, many = after_steps(name, MESHES[mesh])
-    np.testing.assert_allclose(found, losses, rtol=1e-4)
-    apart = np.concatenate([np.abs(a - b).ravel() for a, b in zip(one, many, strict=True)])
-    # The steps change a weight by about 2e-2, of lion 1e-2. Rounding changes most the directions
-    # of small singular values, of muon and soap, and the sign of a gradient near 0, of lion.
-    print(
-        name,
-        mesh,
-        np.sqrt(np.mean(apart**2)),
-        apart.max(),
-        np.abs(np.subtract(found, losses)).max(),
-    )
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    # The gradient of the bias of keys is 0 but for rounding, of which lion takes the sign.
+    names = [each for each in one if not (name == "lion" and "b_k" in each)]
+    apart = np.concatenate([np.abs(one[each] - many[each]).ravel() for each in names])
+    print(name, mesh, np.sqrt(np.mean(apart**2)), apart.max(), np.abs(np.subtract(found, losses)).max())
+    # The steps change a weight by about 2e-2. Rounding changes most the directions of small
+    # singular values, of muon and soap, and the sign of a gradient near 0, of lion.
     assert np.sqrt(np.mean(apart**2)) < 5e-5 and apart.max() < 3e-3

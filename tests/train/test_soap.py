@@ -163,7 +163,7 @@ def test_the_state_is_split_as_its_parameter_and_gives_the_same_updates(data, te
         {"blocks": {name: np.float32(rng.standard_normal(shape)) for name, shape in names.items()}}
         for _ in range(5)
     ]
-    optimizer = make_optimizer(dataclasses.replace(SOAP, precondition_frequency=2))
+    optimizer = make_optimizer(dataclasses.replace(SOAP, precondition_frequency=2), mesh)
     plan = shardings_of(jax.eval_shape(optimizer.init, trees[0]), mesh, zero)
     specs = {name: x.spec for name, x in flatten(plan).items() if ".bases." in name}
     split = ("data", "expert") if zero else None
