@@ -26,10 +26,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtnlg_jax.parallel.mesh import dims_of, parameter_name
+from mtnlg_jax.parallel.mesh import AXIS_OF, axes_in, dims_of, parameter_name
 
 Path = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
 Key = tuple[str, ...]
@@ -56,6 +56,7 @@ class _Side(NamedTuple):
     """The inputs or the outputs of a matrix."""
 
     key: Key  # of its statistic
+    axes: tuple[str, ...]  # of the mesh, that split its rows
     shape: tuple[int, ...]  # of its statistic in the state
     size: int
 
@@ -78,7 +79,9 @@ class _Matrix:
             whole = tuple(shape[dim] for dim in part)
             size = math.prod(whole)
             name = f"{stem}_{experts}{letters}J"
-            side = _Side((*keys[:-1], name), (*self.lead, *whole, size), size)
+            shape_of_side = (*self.lead, *whole, size)
+            axes = axes_in(AXIS_OF.get(letters[0]))
+            side = _Side((*keys[:-1], name), axes, shape_of_side, size)
             self.sizes.append(size)
             self.sides.append(side if size <= max_dim else None)
 
@@ -211,7 +214,7 @@ def _turn_all(
             if side is None:
                 continue
             basis, order_J = _shared(
-                mesh, matrix.square(statistics, side), matrix.square(bases, side)
+                mesh, side.axes, matrix.square(statistics, side), matrix.square(bases, side)
             )
             bases[side.key] = basis.reshape(side.shape)
             along = order_J[..., :, None] if number == 0 else order_J[..., None, :]
@@ -220,21 +223,47 @@ def _turn_all(
 
 
 def _shared(
-    mesh: Mesh | None, statistic: jax.Array, basis: jax.Array
+    mesh: Mesh | None, rows: tuple[str, ...], statistic: jax.Array, basis: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return `_closer`, of which each device of ``mesh`` computes its share of the matrices."""
+    """Return `_closer`, of which each device of ``mesh`` computes its share of the matrices.
+
+    The axes ``rows`` split the rows of both.
+    """
     if mesh is None or mesh.size == 1:
         return _closer(statistic, basis)
-    # XLA would factorize every matrix on every device.
-    *lead, side, _ = statistic.shape
-    count = math.prod(lead)
-    padding = ((0, -count % mesh.size), (0, 0), (0, 0))
-    flat = [jnp.pad(x.reshape(count, side, side), padding) for x in (statistic, basis)]
-    split = P(mesh.axis_names)
+    # XLA would factorize every matrix on every device. Layers stay on their stage and experts on
+    # their devices. The other axes split the layers of a stage; those of the rows first, since
+    # XLA moves only an axis that keeps its size from one dim to another.
+    layers, *experts = statistic.shape[:-2]
+    free = [a for a in mesh.axis_names if a != "pipe" and not (experts and a == "expert")]
+    axes = sorted(free, key=lambda axis: axis not in rows)
+    of_rows = tuple(axis for axis in axes if axis in rows)
+    stages = mesh.shape["pipe"]
+    padding = -(layers // stages) % math.prod(mesh.shape[axis] for axis in axes)
+    kept = ["expert" for _ in experts]
+    split = P("pipe", tuple(axes), *kept)
+    by_rows = P("pipe", None, *kept, of_rows)
+    by_layers = P("pipe", of_rows, *kept)
+
+    def staged(array: jax.Array) -> jax.Array:
+        array = array.reshape(stages, layers // stages, *array.shape[1:])
+        # Whole layers are added before any layer moves.
+        array = _on(mesh, by_rows, array)
+        array = jnp.pad(array, [(0, 0), (0, padding), *[(0, 0)] * (array.ndim - 2)])
+        return _on(mesh, by_layers, _on(mesh, by_rows, array))
+
+    def own(array: jax.Array) -> jax.Array:
+        array = _on(mesh, by_rows, _on(mesh, by_layers, array))[:, : layers // stages]
+        return _on(mesh, by_rows, array).reshape(layers, *array.shape[2:])
+
     new, order_J = jax.shard_map(
         _closer, mesh=mesh, in_specs=(split, split), out_specs=(split, split)
-    )(*flat)
-    return new[:count].reshape(basis.shape), order_J[:count].reshape(*lead, side)
+    )(staged(statistic), staged(basis))
+    return own(new), own(order_J)
+
+
+def _on(mesh: Mesh, spec: P, array: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
 
 def _closer(statistic: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:

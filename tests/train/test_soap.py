@@ -153,11 +153,13 @@ def test_rounding_does_not_choose_the_bases(rank):
         np.testing.assert_allclose(a["blocks"]["w_in_DF"], b["blocks"]["w_in_DF"], atol=2e-2)
 
 
-@pytest.mark.parametrize(("data", "tensor", "zero"), [(8, 1, 1), (2, 4, 1), (4, 2, 3), (2, 2, 0)])
-def test_the_state_is_split_as_its_parameter_and_gives_the_same_updates(data, tensor, zero):
-    config = MeshConfig(data=data, tensor=tensor, zero=zero)
-    mesh = make_mesh(config, jax.devices()[: data * tensor])
-    names = {"w_q_DNH": (1, 16, 4, 2), "w_out_FD": (1, 8, 16)}
+@pytest.mark.parametrize(
+    ("pipe", "data", "tensor", "zero"), [(1, 8, 1, 1), (1, 2, 4, 3), (2, 2, 2, 1), (1, 2, 2, 0)]
+)
+def test_the_state_is_split_as_its_parameter_and_gives_the_same_updates(pipe, data, tensor, zero):
+    config = MeshConfig(pipe=pipe, data=data, tensor=tensor, zero=zero)
+    mesh = make_mesh(config, jax.devices()[: pipe * data * tensor])
+    names = {"w_q_DNH": (2, 16, 4, 2), "w_out_FD": (2, 8, 16)}
     rng = np.random.default_rng(0)
     trees = [
         {"blocks": {name: np.float32(rng.standard_normal(shape)) for name, shape in names.items()}}
@@ -174,8 +176,13 @@ def test_the_state_is_split_as_its_parameter_and_gives_the_same_updates(data, te
         "w_out_DJ": P("pipe", split, None),
     }
     params = shardings_of(trees[0], mesh, zero)
-    step = jax.jit(optimizer.update, out_shardings=(params, plan))
     state = jax.device_put(optimizer.init(trees[0]), plan)
+    grads = jax.device_put(trees[0], params)
+    step = jax.jit(optimizer.update, out_shardings=(params, plan)).lower(grads, state, grads)
+    step = step.compile()
+    # Each device factorizes one of the two layers.
+    factorized = [line for line in step.as_text().splitlines() if "%geqrf" in line.split("=")[0]]
+    assert len(factorized) == 4 and all("f32[1,1," in line for line in factorized)
     alone, _ = run(dataclasses.replace(SOAP, precondition_frequency=2), trees)
     for tree, expected in zip(trees, alone, strict=True):
         grads = jax.device_put(tree, params)
