@@ -2,6 +2,7 @@
 documentation says of its bases."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -154,12 +155,19 @@ def test_rounding_does_not_choose_the_bases(rank):
 
 
 @pytest.mark.parametrize(
-    ("pipe", "data", "tensor", "zero"), [(1, 8, 1, 1), (1, 2, 4, 3), (2, 2, 2, 1), (1, 2, 2, 0)]
+    ("sizes", "zero"),
+    [
+        ({"data": 8}, 1),
+        ({"data": 2, "tensor": 4}, 3),
+        ({"pipe": 2, "data": 2, "tensor": 2}, 1),
+        ({"data": 2, "expert": 2, "tensor": 2}, 1),
+        ({"data": 2, "tensor": 2}, 0),
+    ],
 )
-def test_the_state_is_split_as_its_parameter_and_gives_the_same_updates(pipe, data, tensor, zero):
-    config = MeshConfig(pipe=pipe, data=data, tensor=tensor, zero=zero)
-    mesh = make_mesh(config, jax.devices()[: pipe * data * tensor])
-    names = {"w_q_DNH": (2, 16, 4, 2), "w_out_FD": (2, 8, 16)}
+def test_the_state_is_split_as_its_parameter_and_gives_the_same_updates(sizes, zero):
+    config = MeshConfig(zero=zero, **sizes)
+    mesh = make_mesh(config, jax.devices()[: math.prod(sizes.values())])
+    names = {"w_q_DNH": (2, 16, 4, 2), "w_out_EFD": (2, 4, 8, 16)}
     rng = np.random.default_rng(0)
     trees = [
         {"blocks": {name: np.float32(rng.standard_normal(shape)) for name, shape in names.items()}}
@@ -172,15 +180,15 @@ def test_the_state_is_split_as_its_parameter_and_gives_the_same_updates(pipe, da
     assert {name.rpartition(".")[2]: spec for name, spec in specs.items()} == {
         "w_q_DJ": P("pipe", split, None),
         "w_q_NHJ": P("pipe", "tensor", None, None),
-        "w_out_FJ": P("pipe", "tensor", None),
-        "w_out_DJ": P("pipe", split, None),
+        "w_out_EFJ": P("pipe", "expert", "tensor", None),
+        "w_out_EDJ": P("pipe", "expert", split and split[0], None),
     }
     params = shardings_of(trees[0], mesh, zero)
     state = jax.device_put(optimizer.init(trees[0]), plan)
     grads = jax.device_put(trees[0], params)
     step = jax.jit(optimizer.update, out_shardings=(params, plan)).lower(grads, state, grads)
     step = step.compile()
-    # Each device factorizes one of the two layers.
+    # Each device factorizes one of the two layers, and the experts that it has.
     factorized = [line for line in step.as_text().splitlines() if "%geqrf" in line.split("=")[0]]
     assert len(factorized) == 4 and all("f32[1,1," in line for line in factorized)
     alone, _ = run(dataclasses.replace(SOAP, precondition_frequency=2), trees)
