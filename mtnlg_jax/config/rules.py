@@ -144,8 +144,8 @@ def validate(config: Config) -> None:
     _check_lora(config)
     if config.optimizer.name != "soap":
         why = f"is for soap, and optimizer.name={config.optimizer.name}; set that to soap"
-        keys = ("precondition_frequency", "max_precond_dim")
-        refuse_changed(config.optimizer, keys, why, "optimizer.")
+        of_soap = ("precondition_frequency", "max_precond_dim")
+        refuse_changed(config.optimizer, of_soap, why, "optimizer.")
     if not config.train.eval_tasks:
         why = "is for tasks, and train.eval_tasks names none; name some"
         keys = ("eval_tasks_every", "eval_tasks_rows", "eval_tasks_fewshot", "eval_tasks_data")

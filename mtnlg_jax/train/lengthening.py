@@ -7,6 +7,7 @@ The warm-up keeps its length in samples.
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 
 from mtnlg_jax.config import Config
@@ -56,8 +57,8 @@ def refuse_other_rates(before: Config, step: int, samples: int, config: Config) 
     # Only the length differs: other changes are reported.
     train = dataclasses.replace(before.train, steps=config.train.steps)
     longer = kept_warmup(before, step, samples, dataclasses.replace(before, train=train))
-    done = np.unique(np.linspace(1, step, _STEPS).round().astype(int)) if step else []
-    read = np.array([min(samples, samples_before(before.train, each)) for each in done])
+    done = np.unique(np.linspace(1, step, _STEPS).round().astype(int))
+    read = jnp.array([min(samples, samples_before(before.train, int(each))) for each in done])
     rates = [
         np.asarray(learning_rate(one, read, _total(one, step, samples)), np.float64)
         for one in (before, longer)

@@ -45,7 +45,7 @@ class SoapState(NamedTuple):
     """Zeros at first. Names of statistics and bases end in their dims, such as w_q_DJ and w_q_NHJ
     of w_q_DNH: the plan of the mesh splits their rows as it splits the parameter."""
 
-    count: jax.Array  # int32; steps done
+    steps: jax.Array  # int32; those done
     mu: Any  # means of the gradients
     nu: Any  # means of the squares of the turned gradients, by eigenvector
     statistics: dict[str, Any]  # (L, side, side), or (L, E, side, side)
@@ -85,6 +85,10 @@ class _Matrix:
             self.sizes.append(size)
             self.sides.append(side if size <= max_dim else None)
 
+    def turned_sides(self) -> Iterable[tuple[int, _Side]]:
+        """Return (0 for inputs or 1 for outputs, the side)."""
+        return ((number, side) for number, side in enumerate(self.sides) if side)
+
     def two_dims(self, array: jax.Array) -> jax.Array:
         """Return the parameter's array as (..., M, N)."""
         return array.reshape(*self.lead, *self.sizes)
@@ -98,9 +102,7 @@ class _Matrix:
 
     def turn(self, array_MN: jax.Array, bases: Arrays, back: bool = False) -> jax.Array:
         """Return the array in the coordinates of the eigenvectors, or ``back`` from them."""
-        for number, side in enumerate(self.sides):
-            if side is None:
-                continue
+        for number, side in self.turned_sides():
             basis = self.square(bases, side)
             basis = basis if back else jnp.swapaxes(basis, -1, -2)
             if number == 0:
@@ -138,7 +140,9 @@ def scale_by_soap(
         return [_Matrix(path, leaf.shape, max_dim, dims) for path, leaf in leaves]
 
     def init(params: Any) -> SoapState:
-        shapes = {side.key: side.shape for each in matrices(params) for side in _turned(each)}
+        shapes = {
+            side.key: side.shape for each in matrices(params) for _, side in each.turned_sides()
+        }
         zeros = {key: jnp.zeros(shape, jnp.float32) for key, shape in shapes.items()}
         moments = jax.tree.map(jnp.zeros_like, params)
         statistics = unflatten_dict(zeros)
@@ -146,13 +150,13 @@ def scale_by_soap(
 
     def update(grads: Any, state: SoapState, params: Any = None) -> tuple[Any, SoapState]:
         each = matrices(grads)
-        count = state.count + 1
+        steps = state.steps + 1
         statistics = flatten_dict(state.statistics)
         bases = flatten_dict(state.bases)
         for matrix in each:
-            for side in _turned(matrix):
+            for _, side in matrix.turned_sides():
                 eye = jnp.eye(side.size).reshape(side.shape[len(matrix.lead) :])
-                bases[side.key] = jnp.where(state.count == 0, eye, bases[side.key])
+                bases[side.key] = jnp.where(state.steps == 0, eye, bases[side.key])
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
         means = [m.two_dims(x) for m, x in zip(each, jax.tree.leaves(mu), strict=True)]
         grads_MN = [m.two_dims(x) for m, x in zip(each, jax.tree.leaves(grads), strict=True)]
@@ -162,18 +166,17 @@ def scale_by_soap(
             turned_MN = matrix.turn(grads_MN[number], bases)
             square_MN = b2 * squares[number] + (1 - b2) * turned_MN**2
             squares[number] = square_MN
-            root_MN = jnp.sqrt(square_MN / (1 - b2**count)) + eps
-            mean_MN = matrix.turn(means[number] / (1 - b1**count), bases)
+            root_MN = jnp.sqrt(square_MN / (1 - b2**steps)) + eps
+            mean_MN = matrix.turn(means[number] / (1 - b1**steps), bases)
             updates.append(matrix.turn(mean_MN / root_MN, bases, back=True))
         # After the update, so that a gradient never chooses the basis in which it is measured.
         for matrix, grad_MN in zip(each, grads_MN, strict=True):
-            for number, side in enumerate(matrix.sides):
-                if side is not None:
-                    grad = grad_MN if number == 0 else jnp.swapaxes(grad_MN, -1, -2)
-                    now = _product(grad, jnp.swapaxes(grad, -1, -2)).reshape(side.shape)
-                    statistics[side.key] = b2 * statistics[side.key] + (1 - b2) * now
+            for number, side in matrix.turned_sides():
+                grad = grad_MN if number == 0 else jnp.swapaxes(grad_MN, -1, -2)
+                now = _product(grad, jnp.swapaxes(grad, -1, -2)).reshape(side.shape)
+                statistics[side.key] = b2 * statistics[side.key] + (1 - b2) * now
         bases, squares = jax.lax.cond(
-            count % frequency == 0,
+            steps % frequency == 0,
             functools.partial(_turn_all, each, mesh, statistics),
             lambda bases, squares: (bases, squares),
             bases,
@@ -183,7 +186,7 @@ def scale_by_soap(
         nu = [matrix.own_dims(square) for matrix, square in zip(each, squares, strict=True)]
         new = [matrix.own_dims(update) for matrix, update in zip(each, updates, strict=True)]
         state = SoapState(
-            count,
+            steps,
             mu,
             jax.tree.unflatten(structure, nu),
             unflatten_dict(statistics),
@@ -192,10 +195,6 @@ def scale_by_soap(
         return jax.tree.unflatten(structure, new), state
 
     return optax.GradientTransformation(init, update)
-
-
-def _turned(matrix: _Matrix) -> Iterable[_Side]:
-    return (side for side in matrix.sides if side is not None)
 
 
 def _turn_all(
@@ -210,9 +209,7 @@ def _turn_all(
     bases = dict(bases)
     squares = list(squares)
     for place, matrix in enumerate(matrices):
-        for number, side in enumerate(matrix.sides):
-            if side is None:
-                continue
+        for number, side in matrix.turned_sides():
             basis, order_J = _shared(
                 mesh, side.axes, matrix.square(statistics, side), matrix.square(bases, side)
             )

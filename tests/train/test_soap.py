@@ -27,8 +27,10 @@ def by_hand(gradients, b1=0.9, b2=0.95, eps=1e-6, frequency=3, sides=(True, True
     rows, columns = gradients[0].shape
     moment = np.zeros((rows, columns))
     square = np.zeros((rows, columns))
-    left, right = np.zeros((rows, rows)), np.zeros((columns, columns))
-    q_left, q_right = np.eye(rows), np.eye(columns)
+    left = np.zeros((rows, rows))
+    right = np.zeros((columns, columns))
+    q_left = np.eye(rows)
+    q_right = np.eye(columns)
     updates = []
     for step, grad in enumerate(gradients, 1):
         turned = q_left.T @ grad @ q_right
