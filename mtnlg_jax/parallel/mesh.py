@@ -21,7 +21,8 @@ share the plan.
 | E experts, outputs of a router | none | |
 | H head width, P positions, R rank of an adapter, C width of a masked head | none | |
 | C width of a prefix, I numbers of a patch of an image | none | |
-| J columns of SOAP's statistics and bases | none | |
+| U columns of SOAP's statistics whose rows tensor splits | data x expert (ZeRO) | as D |
+| J columns of its others | none | |
 """
 
 import math
@@ -51,6 +52,7 @@ AXIS_OF: dict[str, str | tuple[str, ...]] = {
     "K": "tensor",
     "F": "tensor",
     "D": ROWS,
+    "U": ROWS,
     "E": "expert",
 }
 UNSPLIT = "CHIJPR"
@@ -146,7 +148,7 @@ def spec_of(dims: str, zero: int = 1, whole: str = "") -> P:
         if axis == ROWS and of_experts:
             axis = "data"
         # Without ZeRO every device along data holds whole parameters and moments.
-        unsharded = dim == "D" and zero == 0
+        unsharded = dim in "DU" and zero == 0
         if unsharded or dim in whole or (dim == "E" and not of_experts):
             axis = None
         # JAX would refuse such a spec as well, but without the name of the tensor.

@@ -42,8 +42,8 @@ _SHIFT = 1e-4
 
 
 class SoapState(NamedTuple):
-    """Zeros at first. Names of statistics and bases end in their dims, such as w_q_DJ and w_q_NHJ
-    of w_q_DNH: the plan of the mesh splits their rows as it splits the parameter."""
+    """Zeros at first. Names of statistics and bases end in their dims, such as w_q_DJ and w_q_NHU
+    of w_q_DNH, by which the plan of the mesh splits them."""
 
     steps: jax.Array  # int32; those done
     mu: Any  # means of the gradients
@@ -56,7 +56,8 @@ class _Side(NamedTuple):
     """The inputs or the outputs of a matrix."""
 
     key: Key  # of its statistic
-    axes: tuple[str, ...]  # of the mesh, that split its rows
+    rows: tuple[str, ...]  # axes of the mesh that split them
+    columns: tuple[str, ...]
     shape: tuple[int, ...]  # of its statistic in the state
     size: int
 
@@ -78,10 +79,13 @@ class _Matrix:
             letters = "".join(dims_of(path)[dim] for dim in part)
             whole = tuple(shape[dim] for dim in part)
             size = math.prod(whole)
-            name = f"{stem}_{experts}{letters}J"
+            # ZeRO splits the rows of D, and the columns where the rows are split over tensor.
+            columns = "U" if letters[0] in "FNK" else "J"
+            name = f"{stem}_{experts}{letters}{columns}"
             shape_of_side = (*self.lead, *whole, size)
-            axes = axes_in(AXIS_OF.get(letters[0]))
-            side = _Side((*keys[:-1], name), axes, shape_of_side, size)
+            rows = axes_in(AXIS_OF.get(letters[0]))
+            of_columns = axes_in(AXIS_OF.get(columns))
+            side = _Side((*keys[:-1], name), rows, of_columns, shape_of_side, size)
             self.sizes.append(size)
             self.sides.append(side if size <= max_dim else None)
 
@@ -211,7 +215,7 @@ def _turn_all(
     for place, matrix in enumerate(matrices):
         for number, side in matrix.turned_sides():
             basis, order_J = _shared(
-                mesh, side.axes, matrix.square(statistics, side), matrix.square(bases, side)
+                mesh, side, matrix.square(statistics, side), matrix.square(bases, side)
             )
             bases[side.key] = basis.reshape(side.shape)
             along = order_J[..., :, None] if number == 0 else order_J[..., None, :]
@@ -220,43 +224,44 @@ def _turn_all(
 
 
 def _shared(
-    mesh: Mesh | None, rows: tuple[str, ...], statistic: jax.Array, basis: jax.Array
+    mesh: Mesh | None, side: _Side, statistic: jax.Array, basis: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return `_closer`, of which each device of ``mesh`` computes its share of the matrices.
-
-    The axes ``rows`` split the rows of both.
-    """
+    """Return `_closer`, of which each device of ``mesh`` computes its share of the matrices."""
     if mesh is None or mesh.size == 1:
         return _closer(statistic, basis)
     # XLA would factorize every matrix on every device. Layers stay on their stage and experts on
-    # their devices. The other axes split the layers of a stage; those of the rows first, since
-    # XLA moves only an axis that keeps its size from one dim to another.
+    # their devices. All other axes split the layers of a stage: those that split columns, then
+    # those of the rows, one at a time, since XLA moves no two at once.
     layers, *experts = statistic.shape[:-2]
-    free = [a for a in mesh.axis_names if a != "pipe" and not (experts and a == "expert")]
-    axes = sorted(free, key=lambda axis: axis not in rows)
-    of_rows = tuple(axis for axis in axes if axis in rows)
+    kept = ["expert" for _ in experts]
+    columns, rows = (
+        tuple(axis for axis in axes if axis not in kept) for axes in (side.columns, side.rows)
+    )
+    others = (a for a in mesh.axis_names if a not in ("pipe", *kept, *columns, *rows))
+    axes = (*columns, *rows, *others)
     stages = mesh.shape["pipe"]
     padding = -(layers // stages) % math.prod(mesh.shape[axis] for axis in axes)
-    kept = ["expert" for _ in experts]
-    split = P("pipe", tuple(axes), *kept)
-    by_rows = P("pipe", None, *kept, of_rows)
-    by_layers = P("pipe", of_rows, *kept)
+    split = P("pipe", axes, *kept)
+    layouts = (
+        P("pipe", None, *kept, rows, columns),
+        P("pipe", columns, *kept, rows, None),
+        P("pipe", (*columns, *rows), *kept, None, None),
+    )
 
     def staged(array: jax.Array) -> jax.Array:
-        array = array.reshape(stages, layers // stages, *array.shape[1:])
+        array = _on(mesh, layouts[0], array.reshape(stages, layers // stages, *array.shape[1:]))
         # Whole layers are added before any layer moves.
-        array = _on(mesh, by_rows, array)
         array = jnp.pad(array, [(0, 0), (0, padding), *[(0, 0)] * (array.ndim - 2)])
-        return _on(mesh, by_layers, _on(mesh, by_rows, array))
-
-    def own(array: jax.Array) -> jax.Array:
-        array = _on(mesh, by_rows, _on(mesh, by_layers, array))[:, : layers // stages]
-        return _on(mesh, by_rows, array).reshape(layers, *array.shape[2:])
+        return functools.reduce(lambda array, spec: _on(mesh, spec, array), layouts, array)
 
     new, order_J = jax.shard_map(
         _closer, mesh=mesh, in_specs=(split, split), out_specs=(split, split)
     )(staged(statistic), staged(basis))
-    return own(new), own(order_J)
+    new = functools.reduce(lambda array, spec: _on(mesh, spec, array), layouts[::-1], new)
+    new = _on(mesh, layouts[0], new[:, : layers // stages])
+    # Small, and every device needs it.
+    order_J = _on(mesh, P("pipe", None, *kept), order_J)[:, : layers // stages]
+    return new.reshape(basis.shape), order_J.reshape(basis.shape[:-1])
 
 
 def _on(mesh: Mesh, spec: P, array: jax.Array) -> jax.Array:

@@ -107,8 +107,8 @@ def test_updates_equal_the_paper_written_out(longest):
     # The names of the state end in the dims by which the mesh splits it.
     names = {name.rpartition(".statistics.")[2]: x.shape for name, x in flatten(state).items()}
     assert names["blocks.attention.w_q_DJ"] == (2, 6, 6)
-    assert ("blocks.attention.w_q_NHJ" in names) == (longest > 7)
-    assert names["blocks.mlp.w_out_EFJ"] == (2, 3, 7, 7)
+    assert ("blocks.attention.w_q_NHU" in names) == (longest > 7)
+    assert names["blocks.mlp.w_out_EFU"] == (2, 3, 7, 7)
     assert names["blocks.mlp.w_out_EDJ"] == (2, 3, 6, 6)
 
 
@@ -129,7 +129,7 @@ def test_bases_become_the_eigenvectors():
     grads = [{"blocks": {"w_in_DF": np.float32(grad)}}] * 120
     _, state = run(dataclasses.replace(SOAP, precondition_frequency=1), grads)
     flat = flatten(state)
-    for side, matrix in (("DJ", grad[0] @ grad[0].T), ("FJ", grad[0].T @ grad[0])):
+    for side, matrix in (("DJ", grad[0] @ grad[0].T), ("FU", grad[0].T @ grad[0])):
         basis = next(
             np.asarray(x, np.float64)[0]
             for name, x in flat.items()
@@ -181,8 +181,8 @@ def test_the_state_is_split_as_its_parameter_and_gives_the_same_updates(sizes, z
     split = ("data", "expert") if zero else None
     assert {name.rpartition(".")[2]: spec for name, spec in specs.items()} == {
         "w_q_DJ": P("pipe", split, None),
-        "w_q_NHJ": P("pipe", "tensor", None, None),
-        "w_out_EFJ": P("pipe", "expert", "tensor", None),
+        "w_q_NHU": P("pipe", "tensor", None, split),
+        "w_out_EFU": P("pipe", "expert", "tensor", split and split[0]),
         "w_out_EDJ": P("pipe", "expert", split and split[0], None),
     }
     params = shardings_of(trees[0], mesh, zero)
@@ -222,6 +222,6 @@ def test_a_model_has_soap_for_its_matrices_alone():
     state = flatten(jax.eval_shape(make_optimizer(SOAP).init, params))
     turned = {name.rpartition(".")[2] for name in state if ".statistics." in name}
     assert turned == {
-        *("w_q_DJ", "w_q_NHJ", "w_k_DJ", "w_k_KHJ", "w_v_DJ", "w_v_KHJ", "w_o_NHJ", "w_o_DJ"),
-        *("w_router_DJ", "w_router_EJ", "w_in_EDJ", "w_in_EFJ", "w_out_EFJ", "w_out_EDJ"),
+        *("w_q_DJ", "w_q_NHU", "w_k_DJ", "w_k_KHU", "w_v_DJ", "w_v_KHU", "w_o_NHU", "w_o_DJ"),
+        *("w_router_DJ", "w_router_EJ", "w_in_EDJ", "w_in_EFU", "w_out_EFU", "w_out_EDJ"),
     }
