@@ -50,9 +50,10 @@ def resume(before, step, *settings):
 
 
 def rates(config, step):
-    samples = [samples_before(config.train, each + 1) for each in range(step)]
+    samples = np.ones(2000, np.int32)  # one size, for which each operation is compiled once
+    samples[:step] = [samples_before(config.train, each + 1) for each in range(step)]
     total = samples_before(config.train, config.train.steps)
-    return np.asarray(jax.jit(lambda s: learning_rate(config, s, total))(np.array(samples)))
+    return np.asarray(learning_rate(config, samples, total))[:step]
 
 
 # The decay of 80 steps begins after 60, that of 36 after 27.

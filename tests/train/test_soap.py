@@ -160,10 +160,10 @@ def test_rounding_does_not_choose_the_bases(rank):
     ("sizes", "zero"),
     [
         ({"data": 8}, 1),
-        ({"data": 2, "tensor": 4}, 3),
+        pytest.param({"data": 2, "tensor": 4}, 3, marks=pytest.mark.slow),
         ({"pipe": 2, "data": 2, "tensor": 2}, 1),
         ({"data": 2, "expert": 2, "tensor": 2}, 1),
-        ({"data": 2, "tensor": 2}, 0),
+        pytest.param({"data": 2, "tensor": 2}, 0, marks=pytest.mark.slow),
     ],
 )
 def test_the_state_is_split_as_its_parameter_and_gives_the_same_updates(sizes, zero):
