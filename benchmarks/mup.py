@@ -79,7 +79,7 @@ class Model:
     def __init__(self, config: ModelConfig, optimizer: str = "adamw") -> None:
         graph = abstract_model(config)[0]
         settings = OptimizerConfig(name=optimizer, weight_decay=0.0)
-        self.optimizer = make_optimizer(settings, config)
+        self.optimizer = make_optimizer(settings, model=config)
         self.start = init_parameters(config, seed=0)
 
         def coordinates(params, tokens):

@@ -3,7 +3,7 @@
 Settings found for a narrow base model, above all the learning rate, hold for a wide one. The dims
 in a parameter's name tell what its inputs and outputs are, and with m = width / base width:
 
-| kind | initial std | rate of AdamW, Lion, SOAP | rate of Muon, Kron |
+| kind | initial std | rate of AdamW, Lion, SOAP | rate of Muon |
 | --- | --- | --- | --- |
 | inputs and outputs of a growing width | m^-1/2 | m^-1 | m^-1/2 |
 | inputs of a growing width, outputs of a fixed one: head, routers | m^-1 | m^-1 | m^-1 |
@@ -29,7 +29,7 @@ from mtnlg_jax.parallel.mesh import parameter_name
 _GROWING = frozenset("DNKF")
 _MASKED_HEAD = "w_mlm_DC"
 # Optimizers whose updates are whitened: equal singular values, not equal entries.
-_WHITENED = ("muon", "kron")
+_WHITENED = ("muon",)
 
 
 def sides(name: str) -> tuple[str, str]:

@@ -44,7 +44,7 @@ def make_train_step(
       total_samples: sequences of the whole run, as in `learning_rate`.
       sparse: as in `cross_entropy`; the loss is the same.
     """
-    optimizer = make_optimizer(config.optimizer, config.model)
+    optimizer = make_optimizer(config.optimizer, mesh, config.model)
     moe = config.model.moe
     # The layers of a quantized base are assembled where they are applied, so none can be counted.
     private = config.optimizer.private

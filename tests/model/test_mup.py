@@ -76,7 +76,7 @@ def test_only_updates_have_factors_and_weight_decay_has_none():
     )
 
     def updates(model, decay):
-        optimizer = make_optimizer(OptimizerConfig(weight_decay=decay), model)
+        optimizer = make_optimizer(OptimizerConfig(weight_decay=decay), model=model)
         return names_of(optimizer.update(grads, optimizer.init(params), params)[0])
 
     plain = updates(BASE, 0.0)
