@@ -33,6 +33,7 @@ from mtnlg_jax.planning.layout import POLICIES, Layout
 from mtnlg_jax.planning.tiles import padded_size
 from mtnlg_jax.planning.tpu_costs import MEMORY_SHARE as STREAMED
 from mtnlg_jax.train import lora
+from mtnlg_jax.train.optimizer import moment_arrays
 
 # Share of peak that products reach while a stage is busy, where that of the chip (Chip.products) is
 # not known: there it is the one constant of the model. It comes from MT-NLG on A100s: the paper's
@@ -79,7 +80,7 @@ class _Held(NamedTuple):
 
     blocks: int  # of the blocks' parameters
     rest: int  # of the other parameters
-    second: int  # of Adam's second moments; Muon keeps none for the blocks' matrices
+    second: int  # of the optimizer's state beside first moments: Adam's second, SOAP's statistics
     experts: int  # of the weights of experts, which are among those of the blocks
 
 
@@ -113,6 +114,7 @@ class Job:
         self.head = 6 * model.vocabulary * model.hidden_size
         self.flops = flops_per_token(model, self.sequence)
         self.params = abstract_model(model)[1]
+        self.moments = moment_arrays(config.optimizer, self.params)
         self.state = functools.cache(self._state)
         self.adapters = functools.cache(self._adapters)
         self.room = MEMORY_SHARE * chip.memory if chip else math.inf
@@ -128,24 +130,22 @@ class Job:
     ) -> _Held:
         """Count what a device holds with D split over ``data`` and ``expert``, or whole."""
         sizes = (pipe, data, expert, 1, tensor)
-        rows = plan_table(self.params, dict(zip(AXES, sizes, strict=True)), zero=int(zero))
+        of_axes = dict(zip(AXES, sizes, strict=True))
+        rows = plan_table(self.params, of_axes, zero=int(zero))
         size = padded_size if self.chip and self.chip.tpu else math.prod
         blocks = 0
         rest = 0
-        second = 0
         experts = 0
-        muon = self.config.optimizer.name == "muon"
         for row in rows:
             numbers = size(row.local)
-            inside = row.path.startswith("blocks.")
-            if inside:
+            if row.path.startswith("blocks."):
                 blocks += numbers
             else:
                 rest += numbers
             if "E" in row.dims[:-1]:
                 experts += numbers
-            if not (muon and inside and len(row.dims) > 2 and "w_" in row.path):
-                second += numbers
+        moments = plan_table(self.moments, of_axes, zero=int(zero))
+        second = sum(size(row.local) for row in moments) - blocks - rest
         return _Held(blocks, rest, second, experts)
 
     def _adapters(self, sizes: tuple[int, ...], zero: int) -> adapters.Adapters:
@@ -215,7 +215,7 @@ class Job:
         chunk = min(self.config.train.loss_chunk, tokens)
         head = model.vocabulary / tensor * (10 * chunk + 4 * model.hidden_size)
         parameters = {
-            "masters": 4 * (blocks + rest),
+            "masters": (8 if self.config.train.ema_decay else 4) * (blocks + rest),
             "moments": 4 * (blocks + rest + second),
             "weights": weights,
             "gradients": gradients,

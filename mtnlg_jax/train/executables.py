@@ -21,9 +21,9 @@ from mtnlg_jax.train.executable_file import Program
 from mtnlg_jax.train.processes import fingerprint
 from mtnlg_jax.train.program_key import differences, key_of, program_options
 
-# Names of the key that are only known when the steps are made, or that a run with differential
-# privacy computes.
-_LATE = ("program.", "optimizer.dp_")
+# Names of the key that are only known when the steps are made, that a run with differential
+# privacy computes, or that a run which was lengthened keeps.
+_LATE = ("program.", "optimizer.dp_", "optimizer.warmup_samples")
 _NAMED = 6  # differences in a message
 
 WAY_OUT = (

@@ -64,7 +64,7 @@ def _rest(config: Config, params: nnx.State) -> TrainState:
     trained, _ = lora.trainable(params, config)
     # int32 counts 2.1 billion sequences; MT-NLG read 0.13 billion.
     zero = jnp.int32(0)
-    opt_state = make_optimizer(config.optimizer).init(trained)
+    opt_state = make_optimizer(config.optimizer, model=config.model).init(trained)
     parts = extras.new(config, trained)
     return TrainState(nnx.State({}), opt_state, zero, zero, zero, zero, parts)
 

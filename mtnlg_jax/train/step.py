@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from mtnlg_jax import compat
 from mtnlg_jax.config import Config
-from mtnlg_jax.train import expert_loads, lora, quantized_base
+from mtnlg_jax.train import averages, expert_loads, lora, quantized_base
 from mtnlg_jax.train.distill import Distillation
 from mtnlg_jax.train.executables import KeptStep
 from mtnlg_jax.train.gradients import make_loss_and_gradients
@@ -48,7 +48,7 @@ def make_train_step(
       total_samples: sequences of the whole run, as in `learning_rate`.
       sparse: as in `cross_entropy`; the loss is the same.
     """
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, mesh, config.model)
     moe = config.model.moe
     # The layers of a quantized base are assembled where they are applied, so none can be counted.
     private = config.optimizer.private
@@ -108,7 +108,7 @@ def make_train_step(
             samples=samples,
             nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),
             nonfinite_total=state.nonfinite_total + ~finite,
-            extras=state.extras,
+            extras=select(averages.updated(config, state, params), state.extras),
         )
         metrics = {
             "loss": loss,
