@@ -152,6 +152,22 @@ def configure_cache(least_seconds: float | None = None) -> None:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
 
 
+@contextlib.contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """Compile inside without the cache of `configure_cache`, neither reading nor writing it."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    # JAX looks at the setting once; this makes it look again.
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
 def cache_folder() -> str:
     """Return the folder of files that can be regenerated."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

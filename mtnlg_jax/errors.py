@@ -7,7 +7,7 @@
 | 2 | bad input |
 | 3 | the loss or the gradient stayed non-finite |
 | 4 | a step or another phase took too long |
-| 5 | the processes of a run disagree |
+| 5 | the processes of a run disagree, or its replicas |
 | 6 | another process of the run ended |
 | 74 | reading or writing failed for a reason that may pass |
 | 75 | stopped by a signal, state saved |
@@ -30,6 +30,12 @@ FINAL = (BAD_INPUT, DIVERGED, DISAGREEMENT)  # another start would end in the sa
 
 class Disagreement(Exception):
     """The processes differ in config, step, data or program."""
+
+    exit_code = DISAGREEMENT
+
+
+class Corrupted(Exception):
+    """Data replicas computed different bits from the same rows."""
 
     exit_code = DISAGREEMENT
 

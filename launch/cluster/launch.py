@@ -159,8 +159,7 @@ def _check_script() -> None:
     """Raise ValueError on flags that do not go with --script."""
     if _trains():
         _need(config=_CONFIG.value)
-        return
-    for flag in (_CONFIG, _FLAGS):
+    for flag in () if _trains() else (_CONFIG, _FLAGS):
         if flag.present:
             raise ValueError(
                 f"--{flag.name} is for --script=pretrain, not --script={_SCRIPT.value}; leave it "
@@ -183,6 +182,7 @@ def _flags_here() -> list[str]:
         f"--config={_CONFIG.value}",
         f"--workdir={command.expand(_WORKDIR.value)}",
         *(f"--set={value}" for value in _SET.value),
+        *_ARGUMENT.value,
     ]
 
 
@@ -224,6 +224,7 @@ def _flags_of_a_host() -> list[str]:
         f"--config={config}",
         f"--workdir={_WORKDIR.value}",
         *(f"--set={value}" for value in _SET.value),
+        *_ARGUMENT.value,
     ]
 
 

@@ -9,6 +9,9 @@ as a timeline for Perfetto:
         --set=train.rampup_batch_size=none --time --trace=step.json
     python launch/compile_ahead.py --config=configs/ladder.py:7.5b --topology=H100:16x8
 
+--save=FILE keeps the compiled train step for launch/pretrain.py --executable=FILE, which then
+starts without compiling.
+
 The step that reads a prompt, and the one that writes a token; layers with a window cache only that:
 
     python launch/compile_ahead.py --config=configs/ladder.py:7.5b --topology=v5e:2x4 \\
@@ -25,6 +28,7 @@ import os
 from absl import flags
 
 from mtnlg_jax import command
+from mtnlg_jax.cli.programs import results
 
 with command.flag_group("What to compile"):
     _CONFIG = command.define_path(
@@ -54,18 +58,7 @@ with command.flag_group("The chips"):
     _MEMORY = flags.DEFINE_float(
         "memory", None, "GiB per device; default: as reported by the compiler or the card", 0.0
     )
-with command.flag_group("The result"):
-    _PROVE = flags.DEFINE_integer(
-        "prove", 2, "number of suggested changes to compile where the step does not fit", 0
-    )
-    _JSON = command.define_path("json", None, "file for the measurement, as JSON")
-    _TEXT = command.define_path("hlo", None, "file for the compiled program's text")
-    _TIME = flags.DEFINE_boolean(
-        "time", False, "predict the seconds of a train step from the compiler's schedule"
-    )
-    _TRACE = command.define_path(
-        "trace", None, "file for the timeline of --time, which Perfetto opens"
-    )
+flags.adopt_module_key_flags(results)
 
 
 def main() -> int:
@@ -81,10 +74,7 @@ def main() -> int:
                 f"--{held.name}={held.value} is for --step={' or '.join(fitting)}, not "
                 f"--step={_STEP.value}; leave it out"
             )
-    if _TRACE.value and not _TIME.value:
-        raise ValueError(f"--trace={_TRACE.value} is the timeline of --time; add --time")
-    for flag in (_JSON, _TEXT, _TRACE):
-        command.check_output(flag)
+    results.check(_STEP.value)
     described = topology.parse(_TOPOLOGY.value)
     config = load_config(_CONFIG.value, _SET.value)
     memory = None if _MEMORY.value is None else int(_MEMORY.value * topology.GIB)
@@ -94,22 +84,29 @@ def main() -> int:
         _STEP.value,
         _TARGET_CONFIG.value,
         memory,
-        _TEXT.value,
+        results.TEXT.value,
         _FLAGS.value == "on",
         _WEIGHTS.value,
         _CACHE.value,
-        _TIME.value,
-        _TRACE.value,
+        results.TIME.value,
+        results.TRACE.value,
+        results.SAVE.value,
     )
     print(report.render(config, result), flush=True)
-    if _TIME.value and result.predicted is None:
+    if results.TIME.value and result.predicted is None:
         print(f"predicted    nothing: {result.not_predicted}", flush=True)
-    if _JSON.value:
-        write_file(*os.path.split(_JSON.value), aot.to_text(result).encode())
+    if results.JSON.value:
+        write_file(*os.path.split(results.JSON.value), aot.to_text(result).encode())
     if result.fits or (result.fits is None and not result.failure):
         return 0
     for line in suggest.way_out(
-        config, described, result, _TARGET_CONFIG.value, memory, _PROVE.value, _FLAGS.value == "on"
+        config,
+        described,
+        result,
+        _TARGET_CONFIG.value,
+        memory,
+        results.PROVE.value,
+        _FLAGS.value == "on",
     ):
         print(line, flush=True)
     return 1

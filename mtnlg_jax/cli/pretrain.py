@@ -23,10 +23,10 @@ With several processes. On SLURM, TPU pods and GKE start it once on every host o
         --coordinator=HOST:1234 --processes=2 --process_id=0
 
 Exit codes: 0 done, 2 bad input, 3 diverged, 4 no step was done in time (RUN/stacks-PROCESS.txt), 5
-the processes disagree, 6 another process ended (134: detected by JAX), 74 reading or writing failed
-for a reason that may pass, 75 stopped by a signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2,
-SIGXCPU) with its state saved. After 4, 6, 74, 75, 134 and a kill it is worth starting all processes
-again.
+the processes or the replicas disagree, 6 another process ended (134: detected by JAX), 74 reading
+or writing failed for a reason that may pass, 75 stopped by a signal (SIGTERM, SIGINT, SIGHUP,
+SIGUSR1, SIGUSR2, SIGXCPU) with its state saved. After 4, 6, 74, 75, 134 and a kill it is worth
+starting all processes again.
 """
 
 import functools
@@ -37,6 +37,7 @@ from absl import flags
 
 from mtnlg_jax import command
 from mtnlg_jax.cli.processes import several_processes
+from mtnlg_jax.cli.programs import executables
 
 if TYPE_CHECKING:
     from mtnlg_jax.config import Config
@@ -52,7 +53,8 @@ with command.flag_group("The run"):
     _FLAGS = flags.DEFINE_enum(
         "flags", "on", ["on", "off"], "set the compiler's flags that mtnlg_jax/xla_flags.py lists"
     )
-flags.adopt_module_key_flags(several_processes)
+for module in (executables, several_processes):
+    flags.adopt_module_key_flags(module)
 
 
 def main() -> None:
@@ -77,6 +79,7 @@ def main() -> None:
             _PROGRESS.value,
             functools.partial(print, flush=True),
             tasks=_tasks_of(config),
+            executables=executables.asked(),
         )
         if processes.is_first():
             print(describe(summary))

@@ -205,6 +205,9 @@ class TrainConfig:
     # Steps from one check that all processes agree on config, step, data and program to the next.
     # 0: check at the end only.
     compare_every: CountFrom0 = 100
+    # Steps from one check for silent corruption to the next: two data replicas compute the same
+    # rows, and the bits are compared. Each checkpoint of save_every is preceded by one. 0: none.
+    verify_every: CountFrom0 = 0
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Measurement:
     places: list = dataclasses.field(default_factory=list)  # of the devices in a slice, in order
     not_predicted: str = "a step that does not compile has no schedule"  # why, if that was asked
     predicted: prediction.Prediction | None = None  # of a train step, if it was asked for
+    saved: str = ""  # the file of the executables and what it has; "" if none was asked for
 
     @property
     def fits(self) -> bool | None:
@@ -89,6 +90,7 @@ def measure(
     cache: str | None = None,
     predict: bool = False,
     trace: str | None = None,
+    save: str | None = None,
 ) -> Measurement:
     """Compile ``step`` in a separate process.
 
@@ -100,6 +102,7 @@ def measure(
       weights, cache: "int8" to hold weights, or the cache of the step "decode", in int8.
       predict: simulate the compiled train step (`prediction`).
       trace: file to write the simulated step to, for Perfetto.
+      save: file to keep the compiled train step in, for launch/pretrain.py --executable.
 
     Raises ValueError if config, mesh or topology is wrong. A compiler that gives up or dies is not
     an error: the measurement reports it."""
@@ -140,6 +143,7 @@ def measure(
             "text": text and os.path.abspath(text),
             "predict": predict,
             "trace": trace and os.path.abspath(trace),
+            "save": save and os.path.abspath(save),
             "weights": weights,
             "cache": cache,
             "answer": answer,
@@ -216,6 +220,7 @@ def _answer() -> None:
             request["cache"],
             request["predict"],
             request["trace"],
+            request["save"],
         ):
             state.flags = request["flags"]
             state.flags_left_out = request["flags_left_out"]
@@ -235,13 +240,14 @@ def _compile(
     cache: str | None,
     predict: bool,
     trace: str | None,
+    save: str | None,
 ):
     """Yield what is known before the compiler starts, which may abort this process, and then the
     whole measurement."""
     import jax
 
     from mtnlg_jax import compat
-    from mtnlg_jax.planning import steps
+    from mtnlg_jax.planning import kept_steps, steps
     from mtnlg_jax.train.batch import micro_batch_shape
 
     devices = described.devices(topology, target_config)
@@ -313,7 +319,10 @@ def _compile(
     result.compiler_seconds = _believable(
         (said[0] if isinstance(said, list) else said or {}).get("optimal_seconds")
     )
-    yield result  # what is measured stands, whatever becomes of the prediction
+    yield result  # what is measured stands, whatever becomes of the rest
+    if save:
+        result.saved = kept_steps.save(save, config, mesh, lowered, compiled)
+        yield result
     if predict:
         try:
             _predict(config, topology, result, written, trips, trace)

@@ -54,6 +54,8 @@ def render(config: Config, m: Measurement) -> str:
             "this machine's memory",
         )
     ]
+    if m.saved:
+        lines.append(_row("saved", m.saved))
     return "\n".join(lines)
 
 

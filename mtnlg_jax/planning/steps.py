@@ -37,7 +37,7 @@ def lower(
     ``weights`` and ``cache`` of `unstack` say. Raises ValueError if the step does not fit the
     mesh."""
     if step == "train":
-        return _train(config, mesh)
+        return lower_train(config, mesh, is_causal(config))
     return _decode(config, mesh, step, weights, cache)
 
 
@@ -46,9 +46,10 @@ def is_causal(config: Config) -> bool:
     return any(stage.masked < 1 for stage in config.train.stages)
 
 
-def _train(config: Config, mesh: Mesh):
+def lower_train(config: Config, mesh: Mesh, causal: bool) -> jax.stages.Lowered:
+    """Lower the train step of the full batch, of the causal or of the masked objective."""
     whole = jax.ShapeDtypeStruct((), jnp.int32)
-    step: Any = make_train_step(config, mesh, is_causal(config))
+    step: Any = make_train_step(config, mesh, causal)
     noise = [jax.ShapeDtypeStruct((2,), jnp.uint32)] if config.optimizer.private else []
     return step.lower(
         abstract_state(config, mesh),

@@ -154,6 +154,7 @@ FREE = {
     "train.phase_seconds",
     "train.heartbeat_seconds",
     "train.compare_every",
+    "train.verify_every",
     "train.device_flops",
 }
 FREE_SECTIONS = ("mesh", "decode")
@@ -180,7 +181,12 @@ def deciding(config: Config) -> dict[str, Any]:
     """Return the settings that decide the steps of a run, without paths and what is free."""
     paths = {"data.path", "data.tokenizer", "optimizer.dp_secret"}
     keys = (IDENTITY | REFUSED | REPORTED) - paths
-    return {key: x for key, x in _values(json.loads(to_json(config))).items() if key in keys}
+    return {key: x for key, x in normalized(config).items() if key in keys}
+
+
+def normalized(config: Config) -> dict[str, Any]:
+    """Return the settings by dotted key, so that those with equal effects have equal values."""
+    return _values(json.loads(to_json(config)))
 
 
 def refuse_changes(meta: dict, step: int, alone: bool, config: Config) -> None:
@@ -208,7 +214,7 @@ def refuse_changes(meta: dict, step: int, alone: bool, config: Config) -> None:
             f"{step} or more, or another --workdir"
         )
     old = _values(saved)
-    new = _values(json.loads(to_json(config)))
+    new = normalized(config)
     for key, why in (
         ("data.sequence_length", "samples of another length hold other text"),
         ("optimizer.name", "its moments are those of another optimizer"),

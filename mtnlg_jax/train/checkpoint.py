@@ -10,6 +10,7 @@
       200/finite           empty: a loss of these parameters was finite
       100.damaged/         found damaged at a start and set aside
       100.diverged/        set aside, because no step from it was finite
+      100.suspect/         set aside, because replicas differed later (`replicas`)
 
 A checkpoint counts once its record exists. With several processes all take part in Orbax's reading
 and writing. Process 0 alone locks, records, chooses and deletes; the others receive its choice or
@@ -193,6 +194,14 @@ class Checkpoints:
         self.wait()
         # Only an unproven checkpoint is renamed: an older one led to finite steps.
         return run_on_first(lambda: self._files.set_aside(self._unproven))
+
+    def distrust(self, after: int) -> int | None:
+        """Set the checkpoints of steps above ``after`` aside.
+
+        Return the step of the newest one that is left, the same in every process; None without any.
+        """
+        self.wait()
+        return run_on_first(lambda: self._files.set_later_aside(after))
 
     def restore(
         self,

@@ -129,6 +129,13 @@ class CheckpointFolder:
             (self.path / str(steps[-1])).rename(self._free_path(f"{steps.pop()}.diverged"))
         return steps[-1] if steps else None
 
+    def set_later_aside(self, after: int) -> int | None:
+        """Rename the checkpoints of steps above ``after``; return the newest step left."""
+        steps = self.steps()
+        while steps and steps[-1] > after:
+            (self.path / str(steps[-1])).rename(self._free_path(f"{steps.pop()}.suspect"))
+        return steps[-1] if steps else None
+
     def _prune(self) -> None:
         steps = self.steps()
         # The best may be older than the newest ones; None, where nothing was evaluated, matches no

@@ -33,8 +33,9 @@ tokenizer/        the tokenizer of the data and of generated text
 huggingface/      of a run that came from a model of another format: its config.json, tokenizer and
                   settings of generation, which launch/convert.py writes again
 privacy.json      with differential privacy, what its checkpoints have spent: epsilon, delta
-metrics.jsonl     a line for each step (kind train), each evaluation (kind eval) and each evaluation
-                  of tasks (kind tasks); loss in nats per token
+metrics.jsonl     a line for each step (kind train), each evaluation (kind eval), each evaluation
+                  of tasks (kind tasks) and each comparison of replicas (kind replicas); loss in
+                  nats per token
 loss.png          the curves;  tensorboard/ the same for TensorBoard (pip install tensorboard)
 why/, inspect/    results of launch/why.py and launch/inspect.py
 stacks-N.txt      stacks of process N when it no longer made progress; .lock-N: the process that
@@ -93,7 +94,7 @@ def at_start(
         "README.txt there explains the files",
     ]
     if first < train.steps:
-        lines.append("compiling the first step ...")
+        lines.append("preparing the first step ...")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
+import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -15,13 +16,15 @@ from mtnlg_jax import compat
 from mtnlg_jax.config import Config, validate, validate_batch
 from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.parallel.mesh import make_mesh, row_shards
-from mtnlg_jax.train import changes, describe, init_from, lifetime, privacy, processes
+from mtnlg_jax.train import changes, describe, init_from, lifetime, privacy, processes, replicas
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.course import Course, open_checkpoints
 from mtnlg_jax.train.evaluate import Evaluator
+from mtnlg_jax.train.executables import Executables
 from mtnlg_jax.train.inputs import Data, batch_at, load_data, resolve
 from mtnlg_jax.train.metrics import MetricsLog
 from mtnlg_jax.train.privacy import Ledger
+from mtnlg_jax.train.replicas import ReplicaCheck
 from mtnlg_jax.train.reporter import Meter, Reporter, Summary, show
 from mtnlg_jax.train.schedule import is_masked, samples_at_end, stage_at
 from mtnlg_jax.train.state import TrainState, abstract_state, init_state, renew
@@ -37,12 +40,14 @@ def train(
     announce: Callable[[str], None] = lambda text: None,
     enough: Callable[[Sequence[dict]], bool] = lambda evaluations: False,
     tasks: Tasks | None = None,
+    executables: Executables | None = None,
 ) -> Summary:
     """Train ``config`` in ``workdir``, resuming from the newest good checkpoint, and summarize it.
 
     Every process calls this. The first one writes the files and describes the run to ``announce``.
     The run ends early once the records of its evaluations, also of earlier starts, are ``enough``.
     ``tasks`` scores train.eval_tasks: `mtnlg_jax.evaluate.in_training.RunTasks` of the config.
+    ``executables`` has steps that were compiled before.
 
     Raises ValueError if a setting is invalid or contradicts the run in ``workdir``, Preempted after
     a signal to any process (the state is saved if it is finite), Diverged after train.max_bad_steps
@@ -63,6 +68,8 @@ def train(
     ):
         compat.serialize_cpu_collectives()
         config, data, mesh = _resolved(config)
+        executables = executables or Executables()
+        executables.check(config, mesh)
         score = tasks.start(config, mesh, data.tokenizer) if tasks else None
         checkpoints = resources.enter_context(closing(open_checkpoints(config, workdir)))
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())
@@ -72,9 +79,10 @@ def train(
         samples = int(state.samples)
         total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
         _describe_start(config, mesh, data, workdir, first, samples, restored, ledger, announce)
+        executables.announce = announce if processes.is_first() else executables.announce
         log = resources.enter_context(closing(MetricsLog(workdir, first, processes.is_first())))
         bar = resources.enter_context(_progress_bar(config, first, show_progress))
-        steps = _compiled_steps(config, mesh, data, teachers, total_samples, watchdog)
+        steps = _compiled_steps(config, mesh, data, teachers, total_samples, watchdog, executables)
         course = Course(
             config,
             workdir,
@@ -91,6 +99,7 @@ def train(
             show_progress,
             lambda: [steps[key].fingerprint for key in sorted(steps)],
         )
+        compare_replicas = ReplicaCheck(course, mesh)
         course.begin(first, state)
 
         while course.goes_on:
@@ -99,10 +108,11 @@ def train(
             number, _, stage = stage_at(config.train, step)
             kind, teacher = init_from.teacher_of(teachers, number)
             run_step = steps[kind, is_masked(config.train, step)]
-            scale = float(stage.learning_rate_scale)
+            scale = np.float32(stage.learning_rate_scale)  # as compile_ahead.py gives it
             state, metrics = run_step(
                 course.state, batch, micro_batches, sequences, scale, *teacher
             )
+            compare_replicas(state, batch)  # where it is due, before a checkpoint
             course.after_step(state, metrics, int(sequences))  # reports, evaluates, saves
 
         course.finish()
@@ -120,6 +130,7 @@ def _resolved(config: Config) -> tuple[Config, Data, Mesh]:
     config = resolve(config, data.tokenizer)
     mesh = make_mesh(config.mesh)
     validate_batch(config, row_shards(mesh.shape))  # data=-1 is only known now
+    replicas.check_mesh(config, mesh)
     return config, data, mesh
 
 
@@ -194,24 +205,20 @@ def _compiled_steps(
     teachers: dict,
     total_samples: int,
     watchdog: Watchdog,
+    executables: Executables,
 ) -> dict[tuple[int, bool], CompiledStep]:
     """Return {(kind, masked): step}, where kind is -1 or the number of a stage with a teacher."""
     # An argument and not a constant, which the cache of compiled programs would keep on disk.
     noise = (privacy.noise_key(config, data.fingerprints),) if config.optimizer.private else ()
     steps = {}
-    for kind, options in init_from.kinds_of_steps(teachers):
+    for kind, more in init_from.kinds_of_steps(teachers):
         # The attention mask is static, so a masked step is another program. It costs nothing if no
         # stage is masked, because a step is compiled at its first call.
         for masked in (False, True):
-            step = make_train_step(
-                config,
-                mesh,
-                causal=not masked,
-                total_samples=total_samples,
-                sparse=data.has_answers,
-                **options,
-            )
-            steps[kind, masked] = CompiledStep(step, watchdog, noise)
+            options = {"total_samples": total_samples, "sparse": data.has_answers, **more}
+            step = make_train_step(config, mesh, causal=not masked, **options)
+            kept = executables.step(config, mesh, not masked, kind, options)
+            steps[kind, masked] = CompiledStep(step, watchdog, noise, kept)
     return steps
 
 

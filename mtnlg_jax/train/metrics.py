@@ -132,11 +132,12 @@ class MetricsLog:
         self._board = self._new_board(purge_step=step + 1)
 
     def write(self, record: dict) -> None:
-        """Append ``record``, which has "kind" (train | eval | tasks) and "step", with its "time".
+        """Append ``record``, with its "time"; it has "step" and "kind" (train | eval | tasks |
+        replicas).
 
-        That is in seconds since 1970 (UTC); with the dates of starts.jsonl it tells how long the
-        run took. The other numbers go to TensorBoard under kind/name. A number that is not finite
-        is null in the file, because JSON cannot express it.
+        The time is in seconds since 1970 (UTC); with the dates of starts.jsonl it tells how long
+        the run took. The other numbers go to TensorBoard under kind/name. A number that is not
+        finite is null in the file, because JSON cannot express it.
         """
         record = record | {"time": round(time.time(), 3)}
         self.records.append(record)

@@ -3,15 +3,19 @@
 The number of micro-batches in use is traced, so a batch ramp (`batch`) does not compile again.
 """
 
+import contextlib
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mtnlg_jax import compat
 from mtnlg_jax.config import Config
 from mtnlg_jax.train import averages, expert_loads, lora, quantized_base
 from mtnlg_jax.train.distill import Distillation
+from mtnlg_jax.train.executables import KeptStep
 from mtnlg_jax.train.gradients import make_loss_and_gradients
 from mtnlg_jax.train.optimizer import make_optimizer
 from mtnlg_jax.train.private_gradients import make_private_gradients
@@ -127,14 +131,22 @@ class CompiledStep:
     """A jitted step, compiled at its first call under the compilation limit of ``watchdog``.
 
     All calls must have the same shapes, types and shardings; ``last`` are their last arguments.
+    ``kept`` may have the program already, which is then neither traced nor compiled.
     ``fingerprint`` is the hash of the lowered program (StableHLO text); it is "" before the first
     call.
     """
 
-    def __init__(self, train_step: jax.stages.Wrapped, watchdog: Watchdog, last: tuple = ()):
+    def __init__(
+        self,
+        train_step: jax.stages.Wrapped,
+        watchdog: Watchdog,
+        last: tuple = (),
+        kept: KeptStep | None = None,
+    ):
         self._train_step = train_step
         self._watchdog = watchdog
         self._last = last
+        self._kept = kept
         self._compiled: jax.stages.Compiled | None = None
         self.fingerprint = ""
 
@@ -142,11 +154,26 @@ class CompiledStep:
         args += self._last
         if self._compiled is None:
             self._watchdog.enter("compilation")
-            # Compiled ahead of the call: the text of the program becomes known, and arguments of
-            # another shape later are an error instead of a silent second compilation.
-            lowered = self._train_step.lower(*args)
-            # `processes.check_same_run` compares it: processes with different programs may wait for
-            # each other forever.
-            self.fingerprint = fingerprint(lowered.as_text())
-            self._compiled = lowered.compile()
+            found = self._kept.load(args) if self._kept else None
+            found = found or self._compile(self._train_step, args)
+            self._compiled = found[0]
+            self.fingerprint = found[1]
         return self._compiled(*args)
+
+    def _compile(
+        self, train_step: jax.stages.Wrapped, args: tuple
+    ) -> tuple[jax.stages.Compiled, str]:
+        """Return (the compiled step, the hash of its lowered text)."""
+        start = time.perf_counter()
+        # Compiled ahead of the call: the text of the program becomes known, and arguments of
+        # another shape later are an error instead of a silent second compilation.
+        lowered = train_step.lower(*args)
+        # `processes.check_same_run` compares it: processes with different programs may wait for
+        # each other forever.
+        text = fingerprint(lowered.as_text())
+        keeps = self._kept is not None and self._kept.keeps
+        with compat.without_compilation_cache() if keeps else contextlib.nullcontext():
+            compiled = lowered.compile()
+        if self._kept:
+            self._kept.keep(compiled, text, time.perf_counter() - start)
+        return compiled, text

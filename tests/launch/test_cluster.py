@@ -251,14 +251,18 @@ def test_the_commands_of_a_dry_run():
         "--gpus-per-node=8 --ntasks-per-node=8 --export=ALL --partition=gpu "
         f"{CLUSTER}/slurm.sbatch --config={TINY} --workdir=/runs/a --set=train.steps=5\n"
     )
-    assert dry_run("--cluster=tpu_pod", "--name=pod", "--zone=us-east5-a", "--restarts=3") == (
+    more = "--argument=--executable_folder=/kept"
+    pod = ["--cluster=tpu_pod", "--name=pod", "--zone=us-east5-a", "--restarts=3"]
+    assert dry_run(*pod, more) == (
         f"MTNLG_RESTARTS=3 bash {CLUSTER}/tpu_pod.sh pod us-east5-a --config=configs/tiny.py "
-        "--workdir=/runs/a --set=train.steps=5\n"
+        "--workdir=/runs/a --set=train.steps=5 --executable_folder=/kept\n"
     )
-    lines = dry_run("--cluster=local", "--nodes=2", "--local_devices=4", "--flags=off").splitlines()
+    here = ["--cluster=local", "--nodes=2", "--local_devices=4", "--flags=off"]
+    lines = dry_run(*here, more).splitlines()
     assert [line.partition(" ")[2] for line in lines] == [
         f"{ROOT}/launch/pretrain.py --config={TINY} --workdir=/runs/a --set=train.steps=5 "
-        "--flags=off --noprogress --local_devices=4 --coordinator=localhost:1234 --processes=2 "
+        "--executable_folder=/kept --flags=off --noprogress --local_devices=4 "
+        "--coordinator=localhost:1234 --processes=2 "
         f"--process_id={number}"
         for number in (0, 1)
     ]

@@ -8,13 +8,20 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from mtnlg_jax import xla_flags
 from mtnlg_jax.config import load_config
+from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.planning import aot
 from mtnlg_jax.planning.aot import Measurement, measure
 from mtnlg_jax.planning.topology import check_installed, parse
+from mtnlg_jax.train import executable_file
+from mtnlg_jax.train.batch import abstract_batch
+from mtnlg_jax.train.executables import loaded
+from mtnlg_jax.train.program_key import differences, key_of, program_options
+from mtnlg_jax.train.state import abstract_state
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--config=configs/tiny.py", "--set=model.vocab_size=512", "--set=mesh.tensor=2"]
@@ -39,12 +46,28 @@ def run(*flags, code=0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Measure the smallest config over data 4 x tensor 2; return the folder of its report and
-    program."""
+    """Measure the smallest config over data 4 x tensor 2; return the folder of its report, its
+    program and the kept step."""
     folder = tmp_path_factory.mktemp("ahead")
-    said = run(*TINY, "--topology=cpu:8", f"--json={folder}/m.json", f"--hlo={folder}/program.txt")
+    files = [f"--json={folder}/m.json", f"--hlo={folder}/program.txt", f"--save={folder}/kept"]
+    said = run(*TINY, "--topology=cpu:8", *files)
     (folder / "report.txt").write_text(said)
     return folder
+
+
+def test_a_saved_step_has_the_key_of_a_run_over_these_devices(folder):
+    path = folder / "kept"
+    assert f"saved        {path}: causal step " in (folder / "report.txt").read_text()
+    program = executable_file.read(str(path))["causal"]
+    assert set(program.outputs[0]) >= {"loss", "grad_norm"}
+    ours = config("mesh.tensor=2")
+    mesh = make_mesh(ours.mesh)
+    here = key_of(ours, mesh) | program_options(ours, causal=True)
+    # The flags of this process are those of the suite.
+    different = differences(program.key, here)
+    assert [line for line in different if not line.startswith("flag ")] == []
+    args = (abstract_state(ours, mesh), abstract_batch(ours, mesh), 1, 1, 1.0)
+    assert loaded(program, args, list(mesh.devices.flat)).in_tree == jax.tree.structure((args, {}))
 
 
 def test_the_train_step_is_measured(folder):
@@ -232,6 +255,12 @@ def test_an_unusable_description_raises_an_error(monkeypatch):
         measure(config(), parse("H100:1x8"), target_config="nowhere")
     with pytest.raises(ValueError, match="--target_config=x describes a GPU, and cpu:8 has none"):
         measure(config(), parse("cpu:8"), target_config="x")
+
+
+@pytest.mark.slow
+def test_only_a_train_step_is_saved(tmp_path):
+    flags = ["--step=decode", f"--save={tmp_path / 'x'}"]
+    assert "is for the train step" in run(*TINY, "--topology=cpu:8", *flags, code=2)
 
 
 def test_a_missing_folder_raises_before_any_work():
