@@ -127,6 +127,9 @@ class OptimizerConfig:
     b2: ShareBelow1 = 0.95
     # Momentum of muon.
     muon_momentum: ShareBelow1 = 0.95
+    # Type in which moments of matrices and tables are held between steps; they are computed in
+    # float32. bfloat16 and int8 are rounded stochastically; docs/memory.md has the measured loss.
+    moments_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     # Added to the denominator of AdamW.
     eps: ShareAbove0 = 1e-8
     # Decoupled weight decay of matrices and embeddings. Norms and biases have none.
@@ -223,6 +226,9 @@ class TrainConfig:
     # What the backward pass computes again to save memory; docs/parallelism.md compares the
     # choices. elementwise repeats no product.
     recompute: Literal["none", "elementwise", "mlp", "projections", "full"] = "elementwise"
+    # Parts that wait in the memory of the host (docs/memory.md): moments, between steps;
+    # activations, those that recompute keeps, from the forward to the backward pass.
+    offload: Literal["none", "moments", "activations", "both"] = "none"
     # Type in which gradients travel between devices. bfloat16 halves the traffic; on one device the
     # sum is always float32.
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"

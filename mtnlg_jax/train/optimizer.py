@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from mtnlg_jax.config import OptimizerConfig
+from mtnlg_jax.config import Config, OptimizerConfig
+from mtnlg_jax.config.memory_rules import offloads_moments
 from mtnlg_jax.parallel.mesh import dims_of, parameter_name
+from mtnlg_jax.train import offload
 
 Path = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
 
@@ -29,10 +31,13 @@ def decay_mask(params: Any) -> Any:
     )
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, seed: int = 0, on_host: bool = False
+) -> optax.GradientTransformationExtraArgs:
     """Chain clipping by global norm, moments and decoupled weight decay.
 
-    The caller scales the updates by minus the learning rate.
+    The caller scales the updates by minus the learning rate. ``seed`` and ``on_host`` are those of
+    `offload.hold`.
     """
     # Clipping comes first: moments then never see a gradient above the limit.
     clip = optax.identity()
@@ -42,8 +47,15 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     if config.name == "muon":
         # Clipping is outside the partition, so that the norm is that of all gradients together.
         moments = optax.partition({"adam": moments, "muon": _muon(config)}, _labels)
+    moments = offload.hold(moments, config.moments_dtype, seed, on_host)
     # Decay follows the moments and so is decoupled from them (AdamW, Loshchilov 2019).
-    return optax.chain(clip, moments, optax.add_decayed_weights(config.weight_decay, decay_mask))
+    decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
+    return optax.with_extra_args_support(optax.chain(clip, moments, decay))
+
+
+def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer of a run."""
+    return make_optimizer(config.optimizer, config.train.seed, offloads_moments(config))
 
 
 def _is_matrix(path: Path) -> bool:

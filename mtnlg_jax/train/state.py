@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from mtnlg_jax.config import Config
 from mtnlg_jax.model.transformer import init_parameters
 from mtnlg_jax.parallel.mesh import shardings_of
-from mtnlg_jax.train import lora, quantized_base
+from mtnlg_jax.train import lora, offload, quantized_base
 from mtnlg_jax.train.arrays import Held
-from mtnlg_jax.train.optimizer import make_optimizer
+from mtnlg_jax.train.optimizer import optimizer_of
 
 
 class TrainState(NamedTuple):
@@ -62,7 +62,7 @@ def _rest(config: Config, params: nnx.State) -> TrainState:
     trained, _ = lora.trainable(params, config)
     # int32 counts 2.1 billion sequences; MT-NLG read 0.13 billion.
     zero = jnp.int32(0)
-    opt_state = make_optimizer(config.optimizer).init(trained)
+    opt_state = optimizer_of(config).init(trained)
     return TrainState(nnx.State({}), opt_state, zero, zero, zero, zero)
 
 
@@ -72,10 +72,12 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     params = lora.abstract_parameters(config)
     rest = jax.eval_shape(functools.partial(_rest, config), params)
     shapes = rest._replace(params=params)
+    shardings = shardings_of(shapes, mesh, config.mesh.zero)
+    placed = offload.shardings_of_state(config, shardings.opt_state)
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         shapes,
-        shardings_of(shapes, mesh, config.mesh.zero),
+        shardings._replace(opt_state=placed),
     )
 
 
