@@ -43,7 +43,7 @@ from mtnlg_jax import foreign, storage
 from mtnlg_jax.config import Config, from_json
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.storage import is_remote
-from mtnlg_jax.train import checkpoint_arrays, lora, manifest
+from mtnlg_jax.train import checkpoint_arrays, extras, lora, manifest
 from mtnlg_jax.train.arrays import check_finite
 from mtnlg_jax.train.checkpoint_folder import CheckpointFolder, Refuse
 from mtnlg_jax.train.processes import run_on_first
@@ -63,6 +63,8 @@ class Checkpoints:
         self._files = CheckpointFolder(folder, keep_last, keep_best)
         self.folder = self._files.path
         self.warnings: list[str] = []
+        # Parts of the state's extras that `restore` did not find: `state.renew` makes them.
+        self.lacking: set[str] = set()
         # Process 0 holds the one lock of the folder; its error is raised in all processes.
         run_on_first(self._files.open)
         self._orbax = checkpoint_arrays.make_writer()
@@ -213,7 +215,8 @@ class Checkpoints:
         if chosen is None:
             return None
         path = self.folder / str(chosen["step"])
-        state = checkpoint_arrays.read_state(path, abstract_state, chosen["params_only"])
+        state = checkpoint_arrays.read_state(path, abstract_state, chosen["arrays"])
+        self.lacking = extras.lacking(flat, chosen["arrays"])
         self._unproven = None if chosen["proven"] else chosen["step"]
         return chosen["step"], state, chosen["meta"]
 

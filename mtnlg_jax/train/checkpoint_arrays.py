@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -229,7 +229,8 @@ def _chunks(name: str, shape: tuple[int, ...]) -> list[int]:
 
 
 def read(path: epath.Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
-    """Return the arrays of ``path`` with the names, shapes and shardings of ``abstract``."""
+    """Return the arrays of ``path`` with the names, shapes and shardings of ``abstract``; others
+    are left unread."""
     import orbax.checkpoint as ocp
 
     one_device = SingleDeviceSharding(jax.local_devices()[0])
@@ -244,17 +245,20 @@ def read(path: epath.Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
     }
     # A reader of its own: the writer is asynchronous and belongs to the run.
     with ocp.Checkpointer(_handler()) as reader:
-        return reader.restore(path, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments))
+        wanted = ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=True)
+        return reader.restore(path, args=wanted)
 
 
-def read_state(path: epath.Path, abstract_state: Any, params_only: bool) -> Any:
+def read_state(path: epath.Path, abstract_state: Any, saved: Collection[str]) -> Any:
     """Return the state below ``path``, in the structure, types and shardings of
-    ``abstract_state``; with ``params_only`` the rest is that of a fresh start."""
+    ``abstract_state``. Arrays that are not among the names ``saved`` are 0."""
     flat = flatten(abstract_state)
     params, rest = split(flat)
-    read_params = read(path / "params", params)
-    arrays = {f"params.{name}": array for name, array in read_params.items()}
-    arrays |= zeros(rest) if params_only else read(path / "rest", rest)
+    stored = {name: leaf for name, leaf in rest.items() if name in saved}
+    new = {name: leaf for name, leaf in rest.items() if name not in saved}
+    arrays = {f"params.{name}": array for name, array in read(path / "params", params).items()}
+    arrays |= read(path / "rest", stored) if stored else {}
+    arrays |= zeros(new) if new else {}
     # By name and not by position: the order of leaves on disk does not matter.
     return jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in flat])
 

@@ -20,7 +20,7 @@ from etils import epath
 from mtnlg_jax import storage
 from mtnlg_jax.errors import PassingError, is_passing
 from mtnlg_jax.storage import is_remote
-from mtnlg_jax.train import checkpoint_arrays, manifest
+from mtnlg_jax.train import checkpoint_arrays, extras, manifest
 
 FINITE = "finite"  # the marker file in a checkpoint's folder
 
@@ -195,13 +195,13 @@ class CheckpointFolder:
             if record is not None:
                 # Settings are compared before the files are hashed, so that a mistake in a flag
                 # shows in an instant.
-                params_only = _check_record(path, record, identity, arrays, refuse)
+                _check_record(path, record, identity, arrays, refuse)
                 damage = manifest.damage(path, record)
                 if damage is None:
                     chosen = {
                         "step": step,
                         "meta": record["meta"],
-                        "params_only": params_only,
+                        "arrays": sorted(record["arrays"]),
                         "proven": record["metric"] is not None or (path / FINITE).exists(),
                     }
                     return chosen, warnings
@@ -232,16 +232,24 @@ class CheckpointFolder:
 
 def _check_record(
     path: epath.Path, record: dict, identity: dict, arrays: dict[str, str], refuse: Refuse
-) -> bool:
+) -> None:
     """Check that a run with ``identity`` and ``arrays`` may resume from the checkpoint at ``path``.
 
-    Return whether it holds parameters alone. Of those, only the settings that both sides name are
-    compared.
+    Of parameters alone, only the settings that both sides name are compared.
     """
     params_only = all(map(checkpoint_arrays.is_parameter, record["arrays"]))
     saved = record["meta"].get("identity", {})
     given = identity
-    wanted = arrays
+    # Extras may be turned on and off: only those of both sides are compared.
+    both = record["arrays"].keys() & arrays.keys()
+    wanted = {
+        name: shape for name, shape in arrays.items() if name in both or not extras.part_of(name)
+    }
+    found = {
+        name: shape
+        for name, shape in record["arrays"].items()
+        if name in both or not extras.part_of(name)
+    }
     if params_only:
         saved, given = _common(saved, identity), _common(identity, saved)
         wanted = {
@@ -254,12 +262,11 @@ def _check_record(
     manifest.refuse_difference(
         path,
         "arrays",
-        record["arrays"],
+        found,
         # The identity has the size of the vocabulary; its padding depends on the mesh.
         checkpoint_arrays.with_padding_of(wanted, record["arrays"]),
         "set model and optimizer as they were, or give another --workdir",
     )
-    return params_only
 
 
 def _common(side: dict[str, dict], other: dict[str, dict]) -> dict[str, dict]:

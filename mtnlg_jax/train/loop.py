@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,21 +12,19 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mtnlg_jax import compat
-from mtnlg_jax.config import Config, to_json, validate, validate_batch
-from mtnlg_jax.data.batches import SAMPLE_ORDER
+from mtnlg_jax.config import Config, validate, validate_batch
 from mtnlg_jax.data.tokenizer import Tokenizer
-from mtnlg_jax.errors import Preempted
 from mtnlg_jax.parallel.mesh import make_mesh, row_shards
 from mtnlg_jax.train import changes, describe, init_from, lifetime, privacy, processes
 from mtnlg_jax.train.checkpoint import Checkpoints
+from mtnlg_jax.train.course import Course, open_checkpoints
 from mtnlg_jax.train.evaluate import Evaluator
 from mtnlg_jax.train.inputs import Data, batch_at, load_data, resolve
 from mtnlg_jax.train.metrics import MetricsLog
 from mtnlg_jax.train.privacy import Ledger
-from mtnlg_jax.train.reporter import FIGURES, Meter, Reporter, Summary, short, show
-from mtnlg_jax.train.saving import Saver
-from mtnlg_jax.train.schedule import is_due, is_masked, samples_at_end, stage_at
-from mtnlg_jax.train.state import TrainState, abstract_state, init_state
+from mtnlg_jax.train.reporter import Meter, Reporter, Summary, show
+from mtnlg_jax.train.schedule import is_masked, samples_at_end, stage_at
+from mtnlg_jax.train.state import TrainState, abstract_state, init_state, renew
 from mtnlg_jax.train.step import CompiledStep, make_train_step
 from mtnlg_jax.train.task_scores import KIND, Tasks, TaskScores, check_given
 from mtnlg_jax.train.watchdog import Watchdog
@@ -68,72 +64,49 @@ def train(
         compat.serialize_cpu_collectives()
         config, data, mesh = _resolved(config)
         score = tasks.start(config, mesh, data.tokenizer) if tasks else None
-        checkpoints = resources.enter_context(closing(_open_checkpoints(config, workdir)))
+        checkpoints = resources.enter_context(closing(open_checkpoints(config, workdir)))
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())
         teachers = init_from.load_teachers(config, mesh)
         identity = identity_of_data(config, data) | init_from.identity_of(config, teachers)
         config, first, state, ledger, restored = _begin(config, mesh, checkpoints, identity, data)
-        samples = int(state.samples)  # data order, batch ramp and learning rate follow them
+        samples = int(state.samples)
         total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
         _describe_start(config, mesh, data, workdir, first, samples, restored, ledger, announce)
         log = resources.enter_context(closing(MetricsLog(workdir, first, processes.is_first())))
         bar = resources.enter_context(_progress_bar(config, first, show_progress))
-        reporter = Reporter(config, log, bar, Meter(config, data.has_answers), checkpoints, ledger)
-        saver = Saver(checkpoints)
         steps = _compiled_steps(config, mesh, data, teachers, total_samples, watchdog)
-        evaluate = Evaluator(config, mesh, data)
-        score_tasks = TaskScores(config, score, log, watchdog)
-        vote = processes.PreemptionVote()
-        due = functools.partial(is_due, config.train)
-        best = checkpoints.best_metric()  # of earlier starts as well
-        save_state = functools.partial(_save, checkpoints, ledger, workdir)
-        save = None  # saves the newest state again, if the last save failed
-        _catch_up(evaluate, score_tasks, state, first, config, log, show_progress)
+        course = Course(
+            config,
+            workdir,
+            identity,
+            data,
+            ledger,
+            checkpoints,
+            Reporter(config, log, bar, Meter(config, data.has_answers), checkpoints, ledger),
+            Evaluator(config, mesh, data),
+            TaskScores(config, score, log, watchdog),
+            watchdog,
+            stop,
+            enough,
+            show_progress,
+            lambda: [steps[key].fingerprint for key in sorted(steps)],
+        )
+        course.begin(first, state)
 
-        for step in range(first, first if enough(log.evaluations()) else config.train.steps):
-            batch, micro_batches, sequences = batch_at(config, mesh, data, step, samples)
-            samples += int(sequences)
+        while course.goes_on:
+            step = course.done
+            batch, micro_batches, sequences = batch_at(config, mesh, data, step, course.samples)
             number, _, stage = stage_at(config.train, step)
             kind, teacher = init_from.teacher_of(teachers, number)
             run_step = steps[kind, is_masked(config.train, step)]
             scale = float(stage.learning_rate_scale)
-            state, metrics = run_step(state, batch, micro_batches, sequences, scale, *teacher)
-            reporter.report()  # the previous step, while this one runs
-            watchdog.enter("step")  # its time runs until the next step has been started
-            reporter.pending = (step, metrics, int(sequences))  # fetched one step later
-            done = step + 1
-            stopping = vote(stop.is_set())  # the same answer in every process
-            if processes.several() and due(config.train.compare_every, done):
-                processes.check_same_run(config, data.fingerprints, _programs(steps), state, done)
-            evaluating = due(config.train.eval_every, done)
-            scoring = score_tasks.is_due(done) and not stopping  # a signal leaves seconds
-            saving = stopping or saver.is_due() or due(config.train.save_every, done)
-            if evaluating or saving or scoring:
-                reporter.report()  # this step, whose loss decides whether the state is healthy
-                watchdog.enter("evaluation or saving")
-                result = _evaluate(evaluate, state, done, log, show_progress) if evaluating else {}
-                metric = _metric(result)
-                saving = saving or (config.train.keep_best and metric < best)
-                save = None
-                if saving and reporter.is_healthy(done, result, stopping):
-                    meta = _meta(config, identity, samples, result, ledger, done)
-                    save = functools.partial(save_state, done, state, meta, metric)
-                    best = min(best, metric) if saver.save(save) else best
-                if scoring:  # after the save, so that an error here does not cost the state
-                    score_tasks(state.params, done, show_progress)
-                if evaluating and enough(log.evaluations()) and not stopping:
-                    break
-                if not stopping and done < config.train.steps:
-                    save = None  # it would keep this state in memory beside the next one
-                reporter.meter.restart()  # time of evaluation and saving does not count
-            if stopping and done < config.train.steps:
-                _finish(saver, save)
-                raise _preempted(done, workdir, saved=save is not None)
+            state, metrics = run_step(
+                course.state, batch, micro_batches, sequences, scale, *teacher
+            )
+            course.after_step(state, metrics, int(sequences))  # reports, evaluates, saves
 
-        watchdog.enter("saving")
-        _finish(saver, save)
-        log.plot()
-        return _summary(workdir, reporter, state, score_tasks)
+        course.finish()
+        return _summary(workdir, course)
 
 
 def _resolved(config: Config) -> tuple[Config, Data, Mesh]:
@@ -148,17 +121,6 @@ def _resolved(config: Config) -> tuple[Config, Data, Mesh]:
     mesh = make_mesh(config.mesh)
     validate_batch(config, row_shards(mesh.shape))  # data=-1 is only known now
     return config, data, mesh
-
-
-def _finish(saver: Saver, save: Callable[[], None] | None) -> None:
-    saver.finish(save)
-    processes.barrier("saved")  # process 0 may still be writing the record
-
-
-def _open_checkpoints(config: Config, workdir: str) -> Checkpoints:
-    """Open the checkpoints of the run, which locks their folder."""
-    folder = os.path.join(workdir, "checkpoints")
-    return Checkpoints(folder, config.train.keep_last, config.train.keep_best)
 
 
 def identity_of_data(config: Config, data: Data) -> dict[str, dict]:
@@ -192,6 +154,7 @@ def _begin(
         state = init_state(config, mesh, init_from.load_start(config, mesh))
         return config, 0, state, ledger, False
     first, state, meta = restored
+    state = renew(config, state, checkpoints.lacking)
     # From here on train.init of the config is that of the first start of this run.
     config = changes.kept_init(meta, config)
     samples = int(state.samples)
@@ -251,12 +214,6 @@ def _compiled_steps(
     return steps
 
 
-def _programs(steps: dict[tuple[int, bool], CompiledStep]) -> list[str]:
-    """Return the fingerprints of the steps; "" for those not compiled yet."""
-    # Sorted: processes compare the list by position.
-    return [steps[key].fingerprint for key in sorted(steps)]
-
-
 def _progress_bar(config: Config, first: int, show_progress: bool) -> tqdm:
     bar = tqdm(
         total=config.train.steps,
@@ -271,102 +228,15 @@ def _progress_bar(config: Config, first: int, show_progress: bool) -> tqdm:
     return bar
 
 
-def _catch_up(
-    evaluate: Evaluator,
-    score_tasks: TaskScores,
-    state: TrainState,
-    first: int,
-    config: Config,
-    log: MetricsLog,
-    show_progress: bool,
-) -> None:
-    """Evaluate the state from which a run goes on where the record of that was lost."""
-    score_tasks.catch_up(state.params, first, show_progress)
-    if first == config.train.steps and not processes.run_on_first(lambda: log.has("eval", first)):
-        # A finished run was started again, and its last evaluation was lost.
-        _evaluate(evaluate, state, first, log, show_progress)
-
-
-def _metric(result: dict) -> float:
-    """Return the held-out loss that selects the best checkpoint (lower is better).
-
-    It is infinite if nothing was evaluated, or if the loss is not finite.
-    """
-    # If a run has both, the causal loss decides: the masked one is not a likelihood of the text.
-    value = result.get("causal_loss", result.get("masked_loss", math.inf))
-    return value if math.isfinite(value) else math.inf
-
-
-def _evaluate(
-    evaluate: Evaluator, state: TrainState, done: int, log: MetricsLog, show_progress: bool
-) -> dict[str, float]:
-    result = evaluate(state.params)
-    log.write({"kind": "eval", "step": done, **result})
-    if show_progress and result:
-        figures = [f"{name} {short(result[name])}" for name in FIGURES if name in result]
-        tqdm.write(f"step {done}: held out: {', '.join(figures)}")
-    log.plot()
-    return result
-
-
-def _meta(
-    config: Config,
-    identity: dict,
-    samples: int,
-    result: dict,
-    ledger: Ledger | None,
-    done: int,
-) -> dict:
-    """Return the metadata of a checkpoint."""
-    return {
-        # The resolved config: a resume compares with it, and decoding needs the vocabulary.
-        "config": json.loads(to_json(config)),
-        "identity": identity,
-        "samples": samples,
-        "order_of_samples": SAMPLE_ORDER,
-        "metrics": result,
-        **({"privacy": ledger.meta(done)} if ledger else {}),
-    }
-
-
-def _save(
-    checkpoints: Checkpoints,
-    ledger: Ledger | None,
-    workdir: str,
-    done: int,
-    state: TrainState,
-    meta: dict,
-    metric: float,
-) -> None:
-    if ledger and processes.is_first():
-        # Before the checkpoint: none is ever without what it spent.
-        ledger.write(workdir, done)
-    # Without an evaluation, only the next step shows whether these parameters have a finite loss.
-    checkpoints.save(done, state, meta, metric, proven=math.isfinite(metric))
-
-
-def _preempted(done: int, workdir: str, saved: bool) -> Preempted:
-    if saved:
-        return Preempted(
-            f"stopped by a signal after step {done}; state saved in {workdir}; "
-            "the same command resumes from there"
-        )
-    return Preempted(
-        f"stopped by a signal after step {done}, whose state is not finite and not saved; "
-        "the same command resumes from the last checkpoint"
-    )
-
-
-def _summary(
-    workdir: str, reporter: Reporter, state: TrainState, score_tasks: TaskScores
-) -> Summary:
-    config = reporter.config
-    meter = reporter.meter
-    records = reporter.log.records
+def _summary(workdir: str, course: Course) -> Summary:
+    config = course.config
+    meter = course.reporter.meter
+    state = course.state
+    score_tasks = course.score_tasks
     # There is an evaluation: the last step always has one, and a finished run that lost it repeats
     # it.
-    final = [record for record in records if record["kind"] == "eval"][-1]
-    scored = [record for record in records if record["kind"] == KIND]
+    final = course.log.evaluations()[-1]
+    scored = [record for record in course.log.records if record["kind"] == KIND]
     # The mean over this process's steps, not the moving average of the progress bar.
     rate = meter.tokens / meter.seconds if meter.seconds else 0.0
     return Summary(
@@ -378,7 +248,7 @@ def _summary(
         rate,
         meter.utilization(rate),
         final,
-        reporter.checkpoints.best_step(),
+        course.checkpoints.best_step(),
         int(state.nonfinite_total),
         scored[-1] if scored else {},
         (score_tasks.seconds, score_tasks.share),

@@ -1,6 +1,7 @@
 """The training state: parameters, optimizer state and counters, created in their final shards."""
 
 import functools
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from mtnlg_jax.config import Config
 from mtnlg_jax.model.transformer import init_parameters
 from mtnlg_jax.parallel.mesh import shardings_of
-from mtnlg_jax.train import lora, offload, quantized_base
+from mtnlg_jax.train import extras, lora, offload, quantized_base
 from mtnlg_jax.train.arrays import Held
 from mtnlg_jax.train.optimizer import optimizer_of
 
@@ -22,11 +23,12 @@ class TrainState(NamedTuple):
     # float32 masters; with optimizer.lora_rank also the adapters, under "lora", and with lora_base
     # the matrices under "quantized"
     params: nnx.State
-    opt_state: Any  # moments of the trained parameters, float32
+    opt_state: Any  # moments of the trained parameters, in optimizer.moments_dtype
     step: jax.Array  # int32; steps done, the non-finite ones included
     samples: jax.Array  # int32; sequences read, the clock of the ramp and of the learning rate
     nonfinite_streak: jax.Array  # int32; non-finite steps in a row, up to the last step
     nonfinite_total: jax.Array  # int32; non-finite steps since the start of the run
+    extras: dict[str, Any]  # optional parts by name: `extras.PARTS`
 
 
 def init_state(config: Config, mesh: Mesh, params: nnx.State | None = None) -> TrainState:
@@ -63,7 +65,24 @@ def _rest(config: Config, params: nnx.State) -> TrainState:
     # int32 counts 2.1 billion sequences; MT-NLG read 0.13 billion.
     zero = jnp.int32(0)
     opt_state = optimizer_of(config).init(trained)
-    return TrainState(nnx.State({}), opt_state, zero, zero, zero, zero)
+    parts = extras.new(config, trained)
+    return TrainState(nnx.State({}), opt_state, zero, zero, zero, zero, parts)
+
+
+def renew(config: Config, state: TrainState, parts: Collection[str]) -> TrainState:
+    """Return ``state`` with those ``parts`` of its extras that are named as before the first step,
+    from the parameters as they are."""
+    if not parts:
+        return state
+    trained, _ = lora.trainable(state.params, config)
+    shardings = {name: jax.tree.map(lambda x: x.sharding, state.extras[name]) for name in parts}
+
+    def make(trained):
+        made = extras.new(config, trained)
+        return {name: made[name] for name in parts}
+
+    made = jax.jit(make, out_shardings=shardings)(trained)
+    return state._replace(extras={**state.extras, **made})
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:

@@ -104,6 +104,7 @@ def make_train_step(
             samples=samples,
             nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),
             nonfinite_total=state.nonfinite_total + ~finite,
+            extras=state.extras,
         )
         metrics = {
             "loss": loss,

@@ -18,7 +18,7 @@ from mtnlg_jax.config import (
     StageConfig,
     TrainConfig,
 )
-from mtnlg_jax.errors import Diverged
+from mtnlg_jax.errors import Diverged, Preempted
 from mtnlg_jax.hardware import flops_per_token
 from mtnlg_jax.train import lifetime, loop
 from mtnlg_jax.train.checkpoint import load_run
@@ -258,7 +258,7 @@ def test_a_stop_at_a_skipped_step_keeps_earlier_steps(prepared, tmp_path, monkey
         return batch | {"weights": batch["weights"] * jnp.nan}, micro, sequences
 
     monkeypatch.setattr(loop, "batch_at", batch_at)
-    with pytest.raises(loop.Preempted, match="after step 3; state saved in"):
+    with pytest.raises(Preempted, match="after step 3; state saved in"):
         loop.train(
             config_of(prepared, eval_every=0, save_every=0), str(tmp_path), show_progress=False
         )

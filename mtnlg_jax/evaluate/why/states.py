@@ -8,10 +8,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config
-from mtnlg_jax.train import checkpoint_arrays, init_from, manifest
+from mtnlg_jax.train import checkpoint_arrays, extras, init_from, manifest
 from mtnlg_jax.train.inputs import Data
 from mtnlg_jax.train.loop import identity_of_data
-from mtnlg_jax.train.state import TrainState, abstract_state, init_state
+from mtnlg_jax.train.state import TrainState, abstract_state, init_state, renew
 
 
 class Found(NamedTuple):
@@ -80,8 +80,10 @@ def load(
         damage = manifest.damage(path, record)
     if record is None or damage is not None:
         raise OSError(f"checkpoint {path} is damaged ({damage}); take another with --checkpoint")
-    alone = all(map(checkpoint_arrays.is_parameter, record["arrays"]))
-    state = checkpoint_arrays.read_state(path, abstract_state(config, mesh), alone)
+    abstract = abstract_state(config, mesh)
+    state = checkpoint_arrays.read_state(path, abstract, record["arrays"])
+    lacking = extras.lacking(checkpoint_arrays.flatten(abstract), record["arrays"])
+    state = renew(config, state, lacking)
     if int(state.step) != step:
         logging.warning("%s holds the state of step %d", path, int(state.step))
     return Found(step, state, f"checkpoint {step}")

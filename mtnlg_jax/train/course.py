@@ -1,0 +1,196 @@
+"""What happens around each step of a run: reports, evaluation, checkpoints and the reaction to
+signals. `loop.train` calls the steps themselves."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+from tqdm import tqdm
+
+from mtnlg_jax.config import Config, to_json
+from mtnlg_jax.data.batches import SAMPLE_ORDER
+from mtnlg_jax.errors import Preempted
+from mtnlg_jax.train import processes
+from mtnlg_jax.train.checkpoint import Checkpoints
+from mtnlg_jax.train.evaluate import Evaluator
+from mtnlg_jax.train.inputs import Data
+from mtnlg_jax.train.privacy import Ledger
+from mtnlg_jax.train.reporter import FIGURES, Reporter, short
+from mtnlg_jax.train.saving import Saver
+from mtnlg_jax.train.schedule import is_due
+from mtnlg_jax.train.state import TrainState
+from mtnlg_jax.train.task_scores import TaskScores
+from mtnlg_jax.train.watchdog import Watchdog
+
+
+@dataclasses.dataclass
+class Course:
+    """A run on its way: the newest state, and what is due after each step.
+
+    ``identity`` is that of its checkpoints, and ``programs`` returns the fingerprints of its
+    steps. The run ends early once the records of its evaluations are ``enough``.
+    """
+
+    config: Config
+    workdir: str
+    identity: dict
+    data: Data
+    ledger: Ledger | None
+    checkpoints: Checkpoints
+    reporter: Reporter
+    evaluate: Evaluator
+    score_tasks: TaskScores
+    watchdog: Watchdog
+    stop: threading.Event
+    enough: Callable[[Sequence[dict]], bool]
+    show_progress: bool
+    programs: Callable[[], list[str]]
+
+    def begin(self, first: int, state: TrainState) -> None:
+        """Go on after step ``first`` with ``state``."""
+        self.log = self.reporter.log
+        self.saver = Saver(self.checkpoints)
+        self.vote = processes.PreemptionVote()
+        self.best = self.checkpoints.best_metric()  # of earlier starts as well
+        # It saves the newest state again, if the last save failed.
+        self.save: Callable[[], None] | None = None
+        self.state = state
+        self.done = first
+        self.samples = int(state.samples)  # data order, batch ramp and learning rate follow them
+        self._catch_up()
+        self.over = self.enough(self.log.evaluations())
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is another step to do."""
+        return not self.over and self.done < self.config.train.steps
+
+    def after_step(self, state: TrainState, metrics: dict, sequences: int) -> None:
+        """Take the result of the step that has just been started, and do what is due after it.
+
+        Raise Preempted where the run was asked to stop, once its state is saved.
+        """
+        self.state = state
+        self.samples += sequences
+        self.reporter.report()  # the previous step, while this one runs
+        self.watchdog.enter("step")  # its time runs until the next step has been started
+        self.reporter.pending = (self.done, metrics, sequences)  # fetched one step later
+        self.done += 1
+        stopping = self.vote(self.stop.is_set())  # the same answer in every process
+        if processes.several() and self._is_due(self.config.train.compare_every):
+            fingerprints = self.data.fingerprints
+            programs = self.programs()
+            processes.check_same_run(self.config, fingerprints, programs, self.state, self.done)
+        self._evaluate_and_save(stopping)
+        if stopping and self.done < self.config.train.steps:
+            self._finish_saving()
+            raise self._preempted()
+
+    def finish(self) -> None:
+        """Return once everything is on disk."""
+        self.watchdog.enter("saving")
+        self._finish_saving()
+        self.log.plot()
+
+    def _is_due(self, every: int) -> bool:
+        return is_due(self.config.train, every, self.done)
+
+    def _catch_up(self) -> None:
+        """Evaluate the state from which a run goes on where the record of that was lost."""
+        first = self.done
+        self.score_tasks.catch_up(self.state.params, first, self.show_progress)
+        if first == self.config.train.steps:
+            # A finished run was started again, and its last evaluation was lost.
+            if not processes.run_on_first(lambda: self.log.has("eval", first)):
+                self._evaluate()
+
+    def _evaluate_and_save(self, stopping: bool) -> None:
+        train = self.config.train
+        evaluating = self._is_due(train.eval_every)
+        # A signal leaves seconds.
+        scoring = self.score_tasks.is_due(self.done) and not stopping
+        saving = stopping or self.saver.is_due() or self._is_due(train.save_every)
+        if not (evaluating or saving or scoring):
+            return
+        self.reporter.report()  # this step, whose loss decides whether the state is healthy
+        self.watchdog.enter("evaluation or saving")
+        result = self._evaluate() if evaluating else {}
+        metric = _metric(result)
+        saving = saving or (train.keep_best and metric < self.best)
+        self.save = None
+        if saving and self.reporter.is_healthy(self.done, result, stopping):
+            meta = self._meta(result)
+            self.save = functools.partial(self._save, self.done, self.state, meta, metric)
+            self.best = min(self.best, metric) if self.saver.save(self.save) else self.best
+        if scoring:  # after the save, so that an error here does not cost the state
+            self.score_tasks(self.state.params, self.done, self.show_progress)
+        if evaluating and self.enough(self.log.evaluations()) and not stopping:
+            self.over = True
+            return
+        if not stopping and self.done < train.steps:
+            self.save = None  # it would keep this state in memory beside the next one
+        self.reporter.meter.restart()  # time of evaluation and saving does not count
+
+    def _evaluate(self) -> dict[str, float]:
+        result = self.evaluate(self.state.params)
+        self.log.write({"kind": "eval", "step": self.done, **result})
+        if self.show_progress and result:
+            figures = [f"{name} {short(result[name])}" for name in FIGURES if name in result]
+            tqdm.write(f"step {self.done}: held out: {', '.join(figures)}")
+        self.log.plot()
+        return result
+
+    def _meta(self, result: dict) -> dict:
+        """Return the metadata of a checkpoint."""
+        return {
+            # The resolved config: a resume compares with it, and decoding needs the vocabulary.
+            "config": json.loads(to_json(self.config)),
+            "identity": self.identity,
+            "samples": self.samples,
+            "order_of_samples": SAMPLE_ORDER,
+            "metrics": result,
+            **({"privacy": self.ledger.meta(self.done)} if self.ledger else {}),
+        }
+
+    def _save(self, done: int, state: TrainState, meta: dict, metric: float) -> None:
+        if self.ledger and processes.is_first():
+            # Before the checkpoint: none is ever without what it spent.
+            self.ledger.write(self.workdir, done)
+        # Without an evaluation, only the next step shows whether these parameters have a finite
+        # loss.
+        self.checkpoints.save(done, state, meta, metric, proven=math.isfinite(metric))
+
+    def _finish_saving(self) -> None:
+        self.saver.finish(self.save)
+        processes.barrier("saved")  # process 0 may still be writing the record
+
+    def _preempted(self) -> Preempted:
+        if self.save is not None:
+            return Preempted(
+                f"stopped by a signal after step {self.done}; state saved in {self.workdir}; "
+                "the same command resumes from there"
+            )
+        return Preempted(
+            f"stopped by a signal after step {self.done}, whose state is not finite and not "
+            "saved; the same command resumes from the last checkpoint"
+        )
+
+
+def open_checkpoints(config: Config, workdir: str) -> Checkpoints:
+    """Open the checkpoints of the run, which locks their folder."""
+    folder = os.path.join(workdir, "checkpoints")
+    return Checkpoints(folder, config.train.keep_last, config.train.keep_best)
+
+
+def _metric(result: dict) -> float:
+    """Return the held-out loss that selects the best checkpoint (lower is better).
+
+    It is infinite if nothing was evaluated, or if the loss is not finite.
+    """
+    # If a run has both, the causal loss decides: the masked one is not a likelihood of the text.
+    value = result.get("causal_loss", result.get("masked_loss", math.inf))
+    return value if math.isfinite(value) else math.inf
