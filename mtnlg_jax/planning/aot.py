@@ -63,6 +63,7 @@ class Measurement:
     places: list = dataclasses.field(default_factory=list)  # of the devices in a slice, in order
     not_predicted: str = "a step that does not compile has no schedule"  # why, if that was asked
     predicted: prediction.Prediction | None = None  # of a train step, if it was asked for
+    host: int = 0  # of the host's memory, for train.offload
 
     @property
     def fits(self) -> bool | None:
@@ -287,6 +288,14 @@ def _compile(
     result.temporaries = sizes_of.temp_size_in_bytes
     result.code = sizes_of.generated_code_size_in_bytes
     result.peak = sizes_of.peak_memory_in_bytes
+    result.host = (
+        sizes_of.host_argument_size_in_bytes
+        + sizes_of.host_output_size_in_bytes
+        - sizes_of.host_alias_size_in_bytes
+        + sizes_of.host_temp_size_in_bytes
+    )
+    if topology.platform == "tpu":  # its peak counts the host's memory as the device's
+        result.peak -= result.host
     if topology.platform == "cpu":  # its peak leaves the temporaries out
         new = sizes_of.output_size_in_bytes - sizes_of.alias_size_in_bytes
         result.peak = result.arguments + result.temporaries + new

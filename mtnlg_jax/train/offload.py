@@ -6,7 +6,8 @@ device holds the moments of one parameter, and that only once the gradients are 
 activations need the memory.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -77,53 +78,64 @@ def select(finite: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(one, new, old)
 
 
+# Leaves by their position in a flattened tree.
+_Leaves = dict[int, jax.Array]
+
+# Owners of a state's leaves, beside the parameters whose moments they are.
+_ON_DEVICE = "on device"  # such as moments of norms and biases
+_COUNT = ""  # which each update needs
+
+
 def _in_turn(
     update: Callable, updates: Any, state: Any, params: Any, finite: jax.Array
 ) -> tuple[Any, Any]:
     """Return (updates, new state) of ``update``, which runs for one parameter after the other."""
     named, state_tree = jax.tree_util.tree_flatten_with_path(state)
-    states = [leaf for _, leaf in named]
+    states = dict(enumerate(leaf for _, leaf in named))
     owners = [_owner(path, leaf) for path, leaf in named]
     named, tree = jax.tree_util.tree_flatten_with_path(updates)
-    gradients = [leaf for _, leaf in named]
     names = [name_of(path) if name_of(path) in owners else _ON_DEVICE for path, _ in named]
-    weights = tree.flatten_up_to(params)
-    new_states = list(states)
-    new_updates = list(gradients)
+    gradients = dict(enumerate(leaf for _, leaf in named))
+    weights = dict(enumerate(tree.flatten_up_to(params)))
+
+    def one(held: _Leaves, gradients: _Leaves, weights: _Leaves) -> tuple[_Leaves, _Leaves]:
+        """Return the updates and the new state of a part of the parameters."""
+        found, new = update(
+            _spread(tree, gradients), _spread(state_tree, held), _spread(tree, weights)
+        )
+        leaves = jax.tree.leaves(found), jax.tree.leaves(new)
+        return dict(zip(gradients, leaves[0], strict=True)), dict(zip(held, leaves[1], strict=True))
+
+    def from_host(held: _Leaves, *rest: _Leaves, mine: Collection[int]):
+        held |= jax.device_put({at: held[at] for at in mine}, jax.memory.Space.Device)
+        found, new = one(held, *rest)
+        return found, jax.device_put({at: new[at] for at in mine}, jax.memory.Space.Host)
+
+    def unchanged(held: _Leaves, gradients: _Leaves, _, *, mine: Collection[int]):
+        return jax.tree.map(jnp.zeros_like, gradients), {at: held[at] for at in mine}
+
     before: Any = finite
     for name in dict.fromkeys([_ON_DEVICE, *filter(None, owners)]):
-        mine = {at: states[at] for at, owner in enumerate(owners) if owner == name}
-        if name != _ON_DEVICE:
-            # They come once all gradients are there, and the update before this one is done.
-            mine, _ = lax.optimization_barrier((mine, before))
-            mine = jax.device_put(mine, jax.memory.Space.Device)
-        given = [
-            mine.get(at, states[at] if owner == _COUNT else _LEFT_OUT)
-            for at, owner in enumerate(owners)
-        ]
+        mine = [at for at, owner in enumerate(owners) if owner == name]
         chosen = [at for at, own in enumerate(names) if own == name]
-        part, new = update(
-            _only(tree, gradients, chosen),
-            state_tree.unflatten(given),
-            _only(tree, weights, chosen),
+        given = (
+            {at: states[at] for at, owner in enumerate(owners) if owner in (name, _COUNT)},
+            {at: gradients[at] for at in chosen},
+            {at: weights[at] for at in chosen},
         )
-        for at, leaf in zip(chosen, jax.tree.leaves(part), strict=True):
-            new_updates[at] = leaf
-        taken = [at for at, owner in enumerate(owners) if owner in (name, _COUNT)]
-        found = dict(zip(taken, jax.tree.leaves(new), strict=True))
-        if name != _ON_DEVICE:
-            kept = {at: jnp.where(finite, found[at], old) for at, old in mine.items()}
-            found |= jax.device_put(kept, jax.memory.Space.Host)
-            before = kept
-        for at, leaf in found.items():
-            new_states[at] = leaf
-    return tree.unflatten(new_updates), state_tree.unflatten(new_states)
-
-
-# Owners of a state's leaves, beside the parameters whose moments they are.
-_ON_DEVICE = "on device"  # such as moments of norms and biases
-_COUNT = ""  # which each update needs
-_LEFT_OUT = optax.MaskedNode()  # Optax's own mark of what a transformation does not see
+        if name == _ON_DEVICE:
+            found, new = one(*given)
+            counted = {at: leaf for at, leaf in new.items() if owners[at] == _COUNT}
+        else:
+            # A branch, whose condition is known once all gradients are there and the update before
+            # is done: XLA lets copies from the host overtake a barrier, but not a branch.
+            condition, _ = lax.optimization_barrier((finite, before))
+            branches = (functools.partial(each, mine=mine) for each in (from_host, unchanged))
+            found, new = lax.cond(condition, *branches, *given)
+            before = found
+        gradients |= found
+        states |= {at: new[at] for at in mine}
+    return _spread(tree, gradients), _spread(state_tree, states | counted)
 
 
 def _owner(path: Any, leaf: jax.Array) -> str:
@@ -133,5 +145,7 @@ def _owner(path: Any, leaf: jax.Array) -> str:
     return _ON_DEVICE if leaf.ndim else _COUNT
 
 
-def _only(tree: Any, leaves: list, chosen: list[int]) -> Any:
-    return tree.unflatten([leaf if at in chosen else _LEFT_OUT for at, leaf in enumerate(leaves)])
+def _spread(tree: Any, leaves: _Leaves) -> Any:
+    """Return ``tree`` with these ``leaves``. Optax's own mark of what a transformation does not see
+    is in place of all others."""
+    return tree.unflatten([leaves.get(at, optax.MaskedNode()) for at in range(tree.num_leaves)])
