@@ -79,8 +79,8 @@ class Hooks(NamedTuple):
     """Changes to the plain forward pass; the defaults change nothing.
 
     Mixed precision and ZeRO-3 use ``prepare``, activation recomputation ``recompute`` and
-    ``offload``, context parallelism ``attend``, dropout ``dropout_key`` and ``rows_B``, experts ``penalty_B`` and
-    ``counted_B``, and tensor parallelism ``overlap``.
+    ``offload``, context parallelism ``attend``, dropout ``dropout_key`` and ``rows_B``, experts
+    ``penalty_B`` and ``counted_B``, and tensor parallelism ``overlap``.
     """
 
     prepare: Callable = lambda layer: layer  # one layer's stored parameters -> compute weights

@@ -52,7 +52,8 @@ def tensor_table(config: Config, devices: int | None = None) -> str:
         f"{table}\n\n"
         f"GiB a device in a step: {parts}; together {sum(memory.values()) / 2**30:.1f}"
         f"{_on_host(job.host(layout))}\n"
-        f"{_in_float32(config)} are float32, weights {config.train.compute_dtype}; recompute {config.train.recompute}, micro-batches of "
+        f"{_in_float32(config)} are float32, weights {config.train.compute_dtype}; "
+        f"recompute {config.train.recompute}, micro-batches of "
         f"{layout.micro_batch_size}"
     )
 

@@ -11,16 +11,16 @@ gradient is about three times the moment: it would never fall. With stochastic r
 moment is that of float32, by induction over the steps: the update of a moment is linear in it. The
 errors of single steps are uncorrelated and shrink by b2 a step, so they add up to a standard
 deviation of at most 1 / (2 sqrt(1 - b2^2)) spacings: 1.6 at 0.95, 11 at 0.999, of at most 2^-7 of
-the moment each. The random bits follow from (train.seed, the optimizer's count of steps, the name of the parameter,
-the position in the whole tensor), so every mesh and every resume rounds alike.
+the moment each. The random bits follow from train.seed, the optimizer's count of steps, the name of
+the parameter and the position in the whole tensor, so every mesh and every resume rounds alike.
 
 int8: a block of numbers has a scale, its largest magnitude; codes are positions in the dynamic map
 of Dettmers 2021: seven decades, of which the k-th has 2^k codes (2^(k+1) without a sign). The map
-of first moments has 1 as the largest magnitude of both signs, where the paper has it for one. Second
-moments are stored by their square roots, so that the map spans fourteen decades of them, and a
-second moment above 0 never becomes 0: no first moment is divided by eps alone. Rounding is unbiased
-in the second moment, not in its root. Neighboring codes of the roots differ by less than a factor of
-2.75, which bounds how much larger rounding can make an update.
+of first moments has 1 as the largest magnitude of both signs, where the paper has it for one.
+Second moments are stored by their square roots, so that the map spans fourteen decades of them, and
+one above 0 never becomes 0: no first moment is divided by eps alone. Rounding is unbiased in the
+second moment, not in its root. Neighboring codes of the roots differ by less than a factor of 2.75,
+which bounds how much larger their rounding can make an update.
 
 A block is a head (H), or a power of two up to 128 along the MLP's width, at most an eighth of it:
 no mesh that divides these widths splits a block (`config.memory_rules`).
@@ -63,8 +63,8 @@ class Moment(NamedTuple):
 
 
 def moment_of(path: Any) -> Moment | None:
-    """Return the moment to which the leaf at ``path`` of an optimizer's state belongs, as a whole or
-    as its codes or scales; None for other leaves, such as counts and moments of norms and biases."""
+    """Return the moment to which the leaf at ``path`` of an optimizer's state belongs, as a whole
+    or as its codes or scales; None for others, such as counts and moments of norms and biases."""
     fields = [at for at, key in enumerate(path) if getattr(key, "name", None) in SQUARES]
     if not fields:
         return None
@@ -88,7 +88,7 @@ def stored(
         return inner
 
     def init(params: Any) -> Any:
-        return encode(inner.init(params), dtype, seed)
+        return encode(inner.init(params), dtype, None)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, new = inner.update(updates, decode(state), params)
@@ -100,24 +100,31 @@ def stored(
 # --- states
 
 
-def encode(state: Any, dtype: str, seed: int) -> Any:
-    """Return an optimizer's ``state`` with its moments in ``dtype``."""
+def encode(state: Any, dtype: str, seed: int | None) -> Any:
+    """Return an optimizer's ``state`` with its moments in ``dtype``, rounded by random bits from
+    ``seed``; None: toward zero."""
     if dtype == "float32":
         return state
-    key = jax.random.fold_in(jax.random.key(seed), _hash("moments"))
-    key = jax.random.fold_in(key, _count_of(state))
+    count = _count_of(state)
+
+    def bits_of(moment: Moment, shape: tuple[int, ...]) -> jax.Array:
+        if seed is None:
+            return jnp.zeros(shape, jnp.uint16)
+        key = jax.random.fold_in(jax.random.key(seed), _hash("moments"))
+        key = jax.random.fold_in(key, count)
+        own = jax.random.fold_in(key, _hash(f"{moment.field} {moment.parameter}"))
+        return jax.random.bits(own, shape, jnp.uint16)
 
     def one(path: Any, leaf: Any) -> Any:
         moment = moment_of(path)
         if moment is None:
             return leaf
-        own = jax.random.fold_in(key, _hash(f"{moment.field} {moment.parameter}"))
         if dtype == "bfloat16":
-            return to_bfloat16(leaf, jax.random.bits(own, leaf.shape, jnp.uint16))
+            return to_bfloat16(leaf, bits_of(moment, leaf.shape))
         blocks = blocks_of(moment, leaf.shape)
         if blocks is None:
             return leaf
-        bits = jax.random.bits(own, leaf.shape, jnp.uint16)
+        bits = bits_of(moment, leaf.shape)
         codes, scales = to_int8(leaf, bits, *blocks, moment.squares)
         return dict(zip(names_of(moment), (codes, scales), strict=True))
 
@@ -195,7 +202,7 @@ def names_of(moment: Moment) -> tuple[str, str]:
 def to_int8(
     x: jax.Array, bits: jax.Array, axis: int, block: int, squares: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Return (codes, scales) of float32 ``x``, rounded stochastically by 16 random ``bits`` a number.
+    """Return (codes, scales) of float32 ``x``, rounded stochastically by 16 random ``bits`` each.
 
     Codes have the shape of ``x``: int8, or uint8 of ``squares``. Scales, float32, have one number
     for each block of ``axis``, which is left out where it is one block.
@@ -233,8 +240,8 @@ def from_int8(codes: jax.Array, scales: jax.Array, axis: int, squares: bool) -> 
     return (jnp.square(x) if squares else x).reshape(shape)
 
 
-# In the k-th decade, from 0, the first code is 2^k, or with squares 2^(k+1) - 1, and its numbers lie
-# in the middle of equal parts of [0.1, 1] x 10^(k - 6).
+# In the k-th decade, from 0, the first code is 2^k, or with squares 2^(k+1) - 1, and its numbers
+# lie in the middle of equal parts of [0.1, 1] x 10^(k - 6).
 
 
 def _last_code(squares: bool) -> int:

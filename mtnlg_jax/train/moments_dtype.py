@@ -39,8 +39,8 @@ def dtype_of(arrays: Mapping[str, str]) -> str:
 def conversion(
     opt_state: Any, saved: Mapping[str, str], wanted: Mapping[str, str]
 ) -> tuple[Any, Callable[[Any], Any]]:
-    """Return (the optimizer's state as it was saved, as ShapeDtypeStructs, and a function from it to
-    the one that is ``wanted``), both given by the names and shapes of all arrays.
+    """Return (the optimizer's state as it was saved, as ShapeDtypeStructs, and a function from it
+    to the one that is ``wanted``), both given by the names and shapes of all arrays.
 
     Without a difference these are ``opt_state`` and the identity. Moments are rounded once more, by
     random bits that depend on the count of steps alone.
@@ -61,7 +61,5 @@ def conversion(
         shapes,
         placed,
     )
-    convert = jax.jit(
-        lambda state: encode(decode(state), new, seed=0), out_shardings=shardings, donate_argnums=0
-    )
+    convert = jax.jit(lambda state: encode(decode(state), new, seed=0), out_shardings=shardings)
     return abstract, convert

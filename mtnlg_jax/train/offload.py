@@ -39,8 +39,8 @@ def check_backend(config: Config, mesh: Mesh) -> None:
 
 
 def shardings_of_state(config: Config, shardings: Any) -> Any:
-    """Return the ``shardings`` of an optimizer's state with the moments in the memory of the host, if
-    train.offload says so."""
+    """Return the ``shardings`` of an optimizer's state with the moments in the memory of the host,
+    if train.offload says so."""
     if not offloads_moments(config):
         return shardings
 
@@ -56,7 +56,8 @@ def hold(
     """Return ``inner`` with its moments held in ``dtype`` (`moments.stored`), and in the memory of
     the host if ``on_host``.
 
-    Then ``update`` takes one more argument, ``finite``: where it is False, moments stay as they are.
+    Then ``update`` takes one more argument, ``finite``: where it is False, moments stay as they
+    are.
     """
     inner = stored(inner, dtype, seed)
     if not on_host:
