@@ -294,8 +294,9 @@ def _compile(
         - sizes_of.host_alias_size_in_bytes
         + sizes_of.host_temp_size_in_bytes
     )
-    if topology.platform == "tpu":  # its peak counts the host's memory as the device's
-        result.peak -= result.host
+    if topology.platform == "tpu" and result.host:
+        # Its peak is that of both memories together. What it allocates is the device's alone.
+        result.peak = sizes_of.total_allocation_bytes - result.code
     if topology.platform == "cpu":  # its peak leaves the temporaries out
         new = sizes_of.output_size_in_bytes - sizes_of.alias_size_in_bytes
         result.peak = result.arguments + result.temporaries + new
