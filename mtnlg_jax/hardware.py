@@ -43,8 +43,8 @@ class Chip:
     kernels: float = 0.0
     staged: bool = False  # collectives over data run along one dim of the torus after another
     sparse: bool = False  # SparseCores run collectives beside products
-    # Bytes/s of the link to the host in one direction, for train.offload: of TPUs what the JAX
-    # scaling book computes with, of GPUs that of PCIe 5.0 with 16 lanes.
+    # Bytes/s of the link to the host in one direction, for train.offload. Of GPUs: PCIe 5.0 with 16
+    # lanes. Of TPUs: assumed, four fifths of PCIe 3.0 with 16 lanes.
     host: float = 64 * GB
 
 
@@ -107,7 +107,7 @@ CHIPS = {
         _BOOK,
         "2025-02",
         tpu=True,
-        host=15 * GB,
+        host=12.5 * GB,
         clock=1.05e9,
         link=45 * GB,
     ),
@@ -122,7 +122,7 @@ CHIPS = {
         _BOOK,
         "2025-02",
         tpu=True,
-        host=15 * GB,
+        host=12.5 * GB,
         clock=1.5e9,
         link=45 * GB,
         products=0.88,
@@ -140,7 +140,7 @@ CHIPS = {
         _CLOUD,
         "2026",
         tpu=True,
-        host=15 * GB,
+        host=12.5 * GB,
         clock=1.75e9,
         link=90 * GB,
         products=0.85,
@@ -158,7 +158,7 @@ CHIPS = {
         _CLOUD,
         "2026",
         tpu=True,
-        host=15 * GB,
+        host=12.5 * GB,
         clock=1.75e9,
         link=90 * GB,
         products=0.79,
@@ -179,7 +179,7 @@ CHIPS = {
         "2026",
         devices=2,
         tpu=True,
-        host=15 * GB,
+        host=12.5 * GB,
     ),
 }
 
