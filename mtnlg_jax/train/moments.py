@@ -29,7 +29,9 @@ no mesh that divides these widths splits a block (`config.memory_rules`).
 # Shapes: in names of parameters L layers, D width, F MLP width, N query heads, K key/value heads,
 # H head width, E experts, V vocabulary
 
+import functools
 import zlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -88,7 +90,7 @@ def stored(
         return inner
 
     def init(params: Any) -> Any:
-        return encode(inner.init(params), dtype, None)
+        return _new(inner.init(params), dtype)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, new = inner.update(updates, decode(state), params)
@@ -100,18 +102,26 @@ def stored(
 # --- states
 
 
-def encode(state: Any, dtype: str, seed: int | None) -> Any:
+def _new(state: Any, dtype: str) -> Any:
+    """Return the new ``state`` of an optimizer with its moments, which are 0, in ``dtype``."""
+    # Not by `encode`: XLA would compute all of it while it compiles.
+    shapes = jax.eval_shape(lambda state: encode(state, dtype, seed=0), state)
+    named = jax.tree_util.tree_leaves_with_path(state)
+    others = iter([leaf for path, leaf in named if moment_of(path) is None])
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.zeros_like(leaf) if moment_of(path) else next(others), shapes
+    )
+
+
+def encode(state: Any, dtype: str, seed: int) -> Any:
     """Return an optimizer's ``state`` with its moments in ``dtype``, rounded by random bits from
-    ``seed``; None: toward zero."""
+    ``seed``."""
     if dtype == "float32":
         return state
-    count = _count_of(state)
+    key = jax.random.fold_in(jax.random.key(seed), _hash("moments"))
+    key = jax.random.fold_in(key, _count_of(state))
 
     def bits_of(moment: Moment, shape: tuple[int, ...]) -> jax.Array:
-        if seed is None:
-            return jnp.zeros(shape, jnp.uint16)
-        key = jax.random.fold_in(jax.random.key(seed), _hash("moments"))
-        key = jax.random.fold_in(key, count)
         own = jax.random.fold_in(key, _hash(f"{moment.field} {moment.parameter}"))
         return jax.random.bits(own, shape, jnp.uint16)
 
@@ -251,9 +261,7 @@ def _last_code(squares: bool) -> int:
 def _value_of(code: jax.Array, squares: bool) -> jax.Array:
     """Return the values in [0, 1] of int32 codes, which are 0 or above."""
     number = code + squares
-    decade = sum(
-        (number >= 1 << k).astype(jnp.int32) for k in range(squares + 1, squares + DECADES)
-    )
+    decade = _number_of(number >= 1 << k for k in range(squares + 1, squares + DECADES))
     codes_of_decade = (1 << squares) << decade
     part = (number - codes_of_decade + 0.5) / codes_of_decade
     value = _power_of_ten(decade) * (0.1 + 0.9 * part)
@@ -265,12 +273,17 @@ def _code_below(share: jax.Array, squares: bool) -> jax.Array:
     """Return the last code whose value is not above ``share``, of [0, 1], up to rounding; it is not
     the last of all."""
     firsts = [_first_value(k, squares) for k in range(DECADES)]
-    decade = sum((share >= first).astype(jnp.int32) for first in firsts[1:])
+    decade = _number_of(share >= first for first in firsts[1:])
     codes_of_decade = (1 << squares) << decade
     part = (share / _power_of_ten(decade) - 0.1) / 0.9 * codes_of_decade - 0.5
     within = jnp.clip(part.astype(jnp.int32), 0, codes_of_decade - 1)
     code = jnp.where(share >= firsts[0], codes_of_decade - squares + within, 0)
     return jnp.minimum(code, _last_code(squares) - 1)
+
+
+def _number_of(conditions: Iterable[jax.Array]) -> jax.Array:
+    """Return how many of the ``conditions`` hold, at each position."""
+    return functools.reduce(jnp.add, (each.astype(jnp.int32) for each in conditions))
 
 
 def _first_value(decade: int, squares: bool) -> float:

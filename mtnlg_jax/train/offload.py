@@ -97,7 +97,7 @@ def _in_turn(
     named, tree = jax.tree_util.tree_flatten_with_path(updates)
     names = [name_of(path) if name_of(path) in owners else _ON_DEVICE for path, _ in named]
     gradients = dict(enumerate(leaf for _, leaf in named))
-    weights = dict(enumerate(tree.flatten_up_to(params)))
+    weights = dict(enumerate(jax.tree.leaves(params)))
 
     def one(held: _Leaves, gradients: _Leaves, weights: _Leaves) -> tuple[_Leaves, _Leaves]:
         """Return the updates and the new state of a part of the parameters."""
