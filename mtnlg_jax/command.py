@@ -201,6 +201,15 @@ def define_paths(name: str, help: str) -> flags.FlagHolder:
     return flags.DEFINE_multi(_PathParser(), flags.ArgumentSerializer(), name, [], help)
 
 
+CHECKPOINTS = ("best", "last", "ema")
+
+
+def define_checkpoint(default: str | None = "best", more: str = "") -> flags.FlagHolder:
+    """Define the flag --checkpoint, which takes one of CHECKPOINTS."""
+    help = "which checkpoint; ema: the newest average of the weights (train.ema_decay)"
+    return flags.DEFINE_enum("checkpoint", default, CHECKPOINTS, help + more)
+
+
 def check_output(flag: flags.FlagHolder) -> None:
     """Raise OSError, which names the flag, if no file can be written to its path."""
     if flag.value is not None:

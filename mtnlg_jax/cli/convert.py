@@ -53,9 +53,7 @@ with command.flag_group("Low-rank adapters"):
         "base", None, "model or run that the adapters change; default: the one that they name"
     )
 with command.flag_group("From a run to Hugging Face"):
-    _CHECKPOINT = flags.DEFINE_enum(
-        "checkpoint", None, ["best", "last"], "which checkpoint; default: best"
-    )
+    _CHECKPOINT = command.define_checkpoint(None, "; default: best")
     _DTYPE = flags.DEFINE_enum(
         "dtype",
         "source",

@@ -22,6 +22,12 @@ def width_block(width: int) -> int:
 
 _RULES: Rules = (
     (
+        lambda c: c.train.offload in ("moments", "both") and c.optimizer.name == "soap",
+        "train.offload={c.train.offload} takes the moments of one parameter after the other, and "
+        "optimizer.name=soap turns them by bases that stay on the device; set "
+        "train.offload=activations, or another optimizer",
+    ),
+    (
         lambda c: c.optimizer.moments_dtype == "int8" and c.optimizer.lora_rank,
         "optimizer.moments_dtype=int8 is for whole matrices, and the factors of "
         "optimizer.lora_rank={c.optimizer.lora_rank} have no blocks; set it to bfloat16 or float32",

@@ -265,6 +265,12 @@ class ModelConfig:
     dropout_rate: ShareBelow1 = 0.0
     # Standard deviation of the initial weights. The default is GPT-2's.
     init_method_std: Annotated[float, Range(0, 10, low_open=True)] = 0.02
+    # muP (Yang 2022, Tensor Programs V): width of the base model at which the learning rate and the
+    # other settings were found. All widths but that of a head are taken to be hidden_size /
+    # mup_base_hidden_size times those of the base. None: off.
+    mup_base_hidden_size: OptionalCount = None
+    # Width of one head in the base model, where it grows with the model. None: this model's.
+    mup_base_kv_channels: OptionalCount = None
     # Attention implementation. auto: the fastest one that supports the call; docs/attention.md
     # compares them.
     attention_impl: Literal["auto", "pallas_tpu", "pallas_gpu", "cudnn", "xla_blockwise", "xla"] = (
@@ -278,6 +284,27 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def mup_ratio(self) -> float:
+        """Width of the model over that of the base model; 1 without muP."""
+        return self.hidden_size / (self.mup_base_hidden_size or self.hidden_size)
+
+    @property
+    def attention_multiplier(self) -> float | None:
+        """Factor of the attention scores; None: 1 / sqrt(head width). With muP it falls with the
+        head width, from that of the base on (Yang 2022, definition 4.1)."""
+        given = self.multipliers.attention
+        if self.mup_base_kv_channels is None:
+            return given
+        base = self.mup_base_kv_channels
+        return (base**-0.5 if given is None else given) * base / self.head_width
+
+    @property
+    def logits_multiplier(self) -> float:
+        """Factor of the logits. With muP a table that is also the embedding keeps its size, so its
+        logits are divided by the ratio of the widths (Yang 2022, appendix B.1)."""
+        return self.multipliers.logits / (self.mup_ratio if self.tie_embeddings else 1.0)
 
     @property
     def rotary_width(self) -> int:

@@ -3,6 +3,9 @@
 import math
 from typing import Annotated, NamedTuple
 
+# Metadata of a field that holds paths of files or folders: `load.map_paths` looks for it.
+PATH = {"path": True}
+
 
 class Range(NamedTuple):
     """The values that a field may have, from ``low`` to ``high``. An open end is excluded."""

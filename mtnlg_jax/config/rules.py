@@ -19,6 +19,7 @@ from mtnlg_jax.config.decode_rules import validate_decode
 from mtnlg_jax.config.memory_rules import check_memory
 from mtnlg_jax.config.model import BIASES, ModelConfig
 from mtnlg_jax.config.privacy_rules import check_privacy
+from mtnlg_jax.config.schedule_rules import check_schedule
 from mtnlg_jax.config.schema import Config, StageConfig
 
 
@@ -81,11 +82,6 @@ _RULES: Rules = (
         "random_share={c.data.masking.random_share} add up to more than 1; lower one of them",
     ),
     (
-        lambda c: c.optimizer.decay_fraction <= c.optimizer.warmup_fraction,
-        "optimizer.decay_fraction={c.optimizer.decay_fraction} is outside "
-        "({c.optimizer.warmup_fraction}, inf): the decay ends after optimizer.warmup_fraction",
-    ),
-    (
         lambda c: c.train.eval_tasks and all(stage.masked == 1 for stage in c.train.stages),
         "train.eval_tasks={c.train.eval_tasks} scores texts that go on, and no stage of this run "
         "learns to continue a text (masked=1 in all); add a causal stage, or leave it out",
@@ -109,7 +105,7 @@ _LORA_RULES: Rules = (  # for lora_rank above 0
         "nothing; name some of q, k, v, o, in, out (and gate of swiglu)",
     ),
     (
-        lambda c: c.optimizer.name != "adamw",
+        lambda c: c.optimizer.name in ("muon", "soap"),
         "optimizer.name={c.optimizer.name} is for whole matrices, and "
         "optimizer.lora_rank={c.optimizer.lora_rank} trains factors; set optimizer.name=adamw",
     ),
@@ -147,6 +143,10 @@ def validate(config: Config) -> None:
     for stage in config.train.stages:
         _check_stage(stage, config)
     _check_lora(config)
+    if config.optimizer.name != "soap":
+        why = f"is for soap, and optimizer.name={config.optimizer.name}; set that to soap"
+        of_soap = ("precondition_frequency", "max_precond_dim")
+        refuse_changed(config.optimizer, of_soap, why, "optimizer.")
     if not config.train.eval_tasks:
         why = "is for tasks, and train.eval_tasks names none; name some"
         keys = ("eval_tasks_every", "eval_tasks_rows", "eval_tasks_fewshot", "eval_tasks_data")
@@ -155,6 +155,8 @@ def validate(config: Config) -> None:
     check_memory(config)
     data = 1 if config.mesh.data == -1 else config.mesh.data
     validate_batch(config, data * config.mesh.expert)
+    # It counts the samples of the ramp, which is sound by now.
+    check_schedule(config)
 
 
 def _check_divisors(config: Config) -> None:
@@ -335,6 +337,22 @@ _MODEL_RULES: Rules = (
         lambda m: m.attention_sink and m.attention_impl == "cudnn",
         "model.attention_sink needs the log-sum-exp, which model.attention_impl=cudnn does not "
         "give; set it to auto",
+    ),
+    (
+        lambda m: (m.mup_base_hidden_size or 0) > m.hidden_size,
+        "model.mup_base_hidden_size={c.mup_base_hidden_size} is wider than "
+        "model.hidden_size={c.hidden_size}; give the width of a smaller model, at which the "
+        "learning rate was found, or None",
+    ),
+    (
+        lambda m: (m.mup_base_kv_channels or 0) > m.head_width,
+        "model.mup_base_kv_channels={c.mup_base_kv_channels} is wider than a head of this model, "
+        "{c.head_width}; give the head width of the base model, or None",
+    ),
+    (
+        lambda m: m.mup_base_kv_channels and not m.mup_base_hidden_size,
+        "model.mup_base_kv_channels={c.mup_base_kv_channels} is for muP, and "
+        "model.mup_base_hidden_size=None turns it off; set that too",
     ),
     (
         lambda m: m.moe.num_moe_experts and m.moe.moe_router_topk > m.moe.num_moe_experts,

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from mtnlg_jax.config.model import ModelConfig
+from mtnlg_jax.config.optimizer import OptimizerConfig
 from mtnlg_jax.config.ranges import (
+    PATH,
     AxisSize,
     Count,
     CountFrom0,
@@ -31,9 +33,6 @@ from mtnlg_jax.config.ranges import (
 
 Blend = tuple[tuple[str, float], ...]
 Tokens = tuple[int, ...]
-
-# Metadata of a field that holds paths of files or folders: `map_paths` looks for it.
-PATH = {"path": True}
 
 
 @dataclass(frozen=True)
@@ -105,82 +104,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW or Muon with linear warm-up and cosine decay. The schedule counts samples, so a batch
-    ramp leaves it as it is. The defaults of b1, b2, eps, weight_decay, clip_grad_norm and
-    min_learning_rate_ratio are those of GPT-3."""
-
-    # muon: orthogonal updates for the matrices of the blocks, AdamW for all other parameters.
-    name: Literal["adamw", "muon"] = "adamw"
-    # Peak of the learning rate.
-    learning_rate: Positive = 3e-4
-    # Lowest learning rate, as a share of the peak.
-    min_learning_rate_ratio: Share = 0.1
-    # Share of the run's samples over which the learning rate rises.
-    warmup_fraction: ShareBelow1 = 0.01
-    # Share of the run's samples at which the cosine reaches its lowest value. Above 1 the run ends
-    # before the cosine does.
-    decay_fraction: Positive = 1.0
-    # Decay of AdamW's first moment.
-    b1: ShareBelow1 = 0.9
-    # Decay of AdamW's second moment.
-    b2: ShareBelow1 = 0.95
-    # Momentum of muon.
-    muon_momentum: ShareBelow1 = 0.95
-    # Type in which moments of matrices and tables are held between steps; they are computed in
-    # float32. bfloat16 and int8 are rounded stochastically; docs/memory.md has the measured loss.
-    moments_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    # Added to the denominator of AdamW.
-    eps: ShareAbove0 = 1e-8
-    # Decoupled weight decay of matrices and embeddings. Norms and biases have none.
-    weight_decay: NotNegative = 0.1
-    # Largest norm of the gradients; larger ones are scaled down. 0: off.
-    clip_grad_norm: NotNegative = 1.0
-    # Rank of low-rank adaptation (Hu 2021). Above 0 the model's parameters are frozen and
-    # lora_targets train a product of two factors of this rank. 0: off.
-    lora_rank: CountFrom0 = 0
-    # The product is scaled by lora_alpha / lora_rank.
-    lora_alpha: Positive = 16.0
-    # Matrices to adapt: q, k, v, o of attention; in, gate, out of the MLP. The default is that of
-    # Hu 2021.
-    lora_targets: tuple[str, ...] = ("q", "v")
-    # Type in which the frozen matrices of the blocks are held (QLoRA, Dettmers 2023): float32, int8
-    # with one scale for each output, or 4-bit NF4 with one for each 64 inputs.
-    lora_base: Literal["float", "int8", "nf4"] = "float"
-    # Differential privacy (DP-SGD, Abadi 2016; docs/privacy.md): standard deviation of the noise on
-    # the sum of a step's clipped gradients, as a multiple of dp_clip_norm. 0: off.
-    dp_noise_multiplier: NotNegative = 0.0
-    # In place of dp_noise_multiplier: the epsilon at the end of the run, for which the noise is
-    # found before training. None: off.
-    dp_target_epsilon: OptionalPositive = None
-    # Largest norm of the gradient of one unit; larger ones are scaled down.
-    dp_clip_norm: Positive = 1.0
-    # Delta of the guarantee, below 1 / units. None: 1 / units^1.1.
-    dp_delta: Annotated[float | None, Range(0, 1, low_open=True, high_open=True)] = None
-    # Unit that the guarantee protects. example: one row of the batch. source: all rows of one
-    # source of the data, such as the texts of one person.
-    dp_unit: Literal["example", "source"] = "example"
-    # Most rows that a source gives to a step; only with dp_unit=source.
-    dp_source_rows: Count = 1
-    # How epsilon is computed: pld: from the distribution of the privacy loss (Koskela 2020), the
-    # tightest. rdp: from Renyi divergences (Mironov 2017), faster and 10 to 40 % higher.
-    dp_accountant: Literal["pld", "rdp"] = "pld"
-    # File with secret random bytes, from which noise and samples are drawn. Empty: from train.seed,
-    # with which whoever knows it can take the noise away again.
-    dp_secret: str = field(default="", metadata=PATH)
-
-    @property
-    def private(self) -> bool:
-        """Whether training is differentially private."""
-        return self.dp_noise_multiplier > 0 or self.dp_target_epsilon is not None
-
-    @property
-    def rows_of_unit(self) -> int:
-        """The rows of a batch that a unit of differential privacy takes."""
-        return self.dp_source_rows if self.dp_unit == "source" else 1
-
-
-@dataclass(frozen=True)
 class StageConfig:
     """One stage of a run: its share of the steps and its objective."""
 
@@ -237,6 +160,13 @@ class TrainConfig:
     # Share of each target that is spread evenly over the vocabulary. The held-out loss has no
     # smoothing.
     label_smoothing: ShareBelow1 = 0.0
+    # Weight of the z-loss, the square of log Z of each token, which keeps logits from drifting
+    # (Chowdhery 2022, PaLM, section 5: 1e-4). It adds to gradients, not to the reported loss.
+    z_loss_coeff: NotNegative = 0.0
+    # Decay of the exponential moving average of the weights, which checkpoints keep beside them
+    # (--checkpoint=ema). The average follows faster at first: step t uses at most
+    # (1 + t) / (10 + t). 0: off.
+    ema_decay: ShareBelow1 = 0.0
     # Steps from one log line to the next.
     log_every: Count = 1
     # Steps from one evaluation to the next. 0: evaluate at the end only.

@@ -24,6 +24,7 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from mtnlg_jax import compat
+from mtnlg_jax.command import CHECKPOINTS
 from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.data.tokenizer.chat import Chat
 from mtnlg_jax.decode.cache import Decoder
@@ -65,8 +66,10 @@ class MtnlgLM(TemplateLM):
         _check(given)
         if not workdir:
             raise ValueError("--model_args names no model; give workdir=RUN")
-        if checkpoint not in ("best", "last"):
-            raise ValueError(f"checkpoint={checkpoint} in --model_args is neither best nor last")
+        if checkpoint not in CHECKPOINTS:
+            raise ValueError(
+                f"checkpoint={checkpoint} in --model_args is none of {', '.join(CHECKPOINTS)}"
+            )
         options.join_processes()
         check = loading.pop("memory_check", True)
         mesh = options.mesh_of({axis: loading.pop(axis, None) for axis in AXES})

@@ -78,9 +78,9 @@ def meaning(model: ModelConfig, family: str | None = None) -> dict[str, Any]:
         "final_logit_softcapping": model.final_logit_softcapping,
         "multipliers": (
             multipliers.embedding,
-            multipliers.attention or model.head_width**-0.5,
+            model.attention_multiplier or model.head_width**-0.5,
             multipliers.residual,
-            multipliers.logits,
+            model.logits_multiplier,
         ),
         "attention_sink": model.attention_sink,
         "prefix": model.prefix.shape,

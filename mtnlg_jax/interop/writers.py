@@ -53,7 +53,7 @@ def _gemma(model: ModelConfig) -> dict[str, Any]:
 
 def _scalar(model: ModelConfig) -> float:
     """Return query_pre_attn_scalar."""
-    scale = model.multipliers.attention or model.head_width**-0.5
+    scale = model.attention_multiplier or model.head_width**-0.5
     value = scale**-2
     return round(value) if math.isclose(value, round(value), rel_tol=1e-9) else value
 
@@ -228,9 +228,9 @@ def _granite(model: ModelConfig) -> dict[str, Any]:
     multipliers = model.multipliers
     return _llama(model) | {
         "embedding_multiplier": multipliers.embedding,
-        "attention_multiplier": multipliers.attention or model.head_width**-0.5,
+        "attention_multiplier": model.attention_multiplier or model.head_width**-0.5,
         "residual_multiplier": multipliers.residual,
-        "logits_scaling": 1 / multipliers.logits,
+        "logits_scaling": 1 / model.logits_multiplier,
     }
 
 
@@ -270,7 +270,7 @@ def _cohere(model: ModelConfig) -> dict[str, Any]:
             "num_key_value_heads": model.kv_heads,
             "layer_norm_eps": model.norm_epsilon,
             "attention_bias": model.has_bias("qkv"),
-            "logit_scale": model.multipliers.logits,
+            "logit_scale": model.logits_multiplier,
             "use_qk_norm": False,
         }
     )

@@ -109,8 +109,8 @@ class Attention(nnx.Module):
             options["window"] = spec.window
         if config.attn_logit_softcapping is not None:
             options["softcap"] = config.attn_logit_softcapping
-        if config.multipliers.attention is not None:
-            options["scale"] = config.multipliers.attention
+        if config.attention_multiplier is not None:
+            options["scale"] = config.attention_multiplier
         if config.position_embedding_type == "alibi":
             slopes_N = jnp.asarray(alibi_slopes(config.num_attention_heads))
             options["alibi_slopes"] = own_part(slopes_N, "tensor", 0)

@@ -28,6 +28,7 @@ def cross_entropy(
     chunk: int = 1024,
     smoothing: float = 0.0,
     sparse: bool = False,
+    z_coeff: float = 0.0,
 ) -> jax.Array:
     """Return the sum over tokens of weight x -log p(label), a float32 scalar.
 
@@ -41,13 +42,15 @@ def cross_entropy(
         (Szegedy 2016, Rethinking the Inception Architecture, section 7).
       sparse: compute no logits of tokens with weight 0, but for those that fill up a chunk. It
         pays where most weights are 0, as in training on answers alone.
+      z_coeff: weight of the z-loss, log(Z)^2 of each token with Z the sum of exp(logits)
+        (Chowdhery 2022, PaLM, section 5). It adds to the gradients, not to the result.
     """
     if sparse:
         order = jnp.argsort(weights_B == 0)
         x_BD, labels_B, weights_B = (each[order] for each in (x_BD, labels_B, weights_B))
     chunk = min(chunk, x_BD.shape[0])
     x_BD, labels_B, weights_B = _padded(chunk, x_BD, labels_B, weights_B)
-    return _summed(chunk, smoothing, sparse, *vary((x_BD, head, labels_B, weights_B)))
+    return _summed(chunk, smoothing, sparse, z_coeff, *vary((x_BD, head, labels_B, weights_B)))
 
 
 def cross_entropy_by_group(
@@ -136,7 +139,7 @@ def _chunk_losses(
 def _losses_of(
     head: Head, logits: jax.Array, labels: jax.Array, smoothing: float
 ) -> tuple[jax.Array, tuple]:
-    """Return (losses, (exp(logits - max), their sums, targets)), reduced over ``tensor``."""
+    """Return (losses, (exp(logits - max), their sums, targets, log Z)), reduced over ``tensor``."""
     own = logits.shape[-1]
     # Softmax does not change with the maximum, so no gradient goes through it.
     top = max_over(lax.stop_gradient(logits.max(-1)), "tensor")
@@ -155,7 +158,17 @@ def _losses_of(
         target = (1 - smoothing) * target + smoothing * even * sum_over(summed, "tensor")
         spread = even if real is None else even * real[None, :]
         hits = (1 - smoothing) * hits + smoothing * spread
-    return jnp.log(total) + top - target, (exped, total, hits)
+    log_z = jnp.log(total) + top
+    return log_z - target, (exped, total, hits, log_z)
+
+
+def _by_logits(z_coeff: float, exped, total, targets, log_z) -> jax.Array:
+    """Return the gradient by the logits of -log p and of the z-loss, from `_losses_of`."""
+    p = exped / total[:, None]
+    if z_coeff:
+        # d log(Z)^2 / d logits = 2 log(Z) p.
+        return p * (1 + 2 * z_coeff * log_z)[:, None] - targets
+    return p - targets
 
 
 def _over_chunks(one, start, chunk, sparse, x_BD, labels_B, weights_B, *more):
@@ -187,8 +200,8 @@ def _over_chunks(one, start, chunk, sparse, x_BD, labels_B, weights_B, *more):
     return lax.fori_loop(0, used, step, (start, vary(outputs)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _summed(chunk, smoothing, sparse, x_BD, head, labels_B, weights_B):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _summed(chunk, smoothing, sparse, z_coeff, x_BD, head, labels_B, weights_B):
     def one(total, part):
         x, labels, weights = part
         return total + jnp.dot(_chunk_losses(x, head, labels, smoothing)[0], weights), None
@@ -197,13 +210,13 @@ def _summed(chunk, smoothing, sparse, x_BD, head, labels_B, weights_B):
     return _over_chunks(one, start, chunk, sparse, x_BD, labels_B, weights_B)[0]
 
 
-def _forward(chunk, smoothing, sparse, x_BD, head, labels_B, weights_B):
+def _forward(chunk, smoothing, sparse, z_coeff, x_BD, head, labels_B, weights_B):
     def one(carry, part):
         total, d_head = carry
         x, labels, weights = part
         logits = head.logits(x)
-        losses, (exped, sums, targets) = _losses_of(head, logits, labels, smoothing)
-        d_logits = (exped / sums[:, None] - targets) * weights[:, None]
+        losses, of_softmax = _losses_of(head, logits, labels, smoothing)
+        d_logits = _by_logits(z_coeff, *of_softmax) * weights[:, None]
         d_head, d_x = _through_head(head, d_head, x, logits, d_logits)
         total = total + jnp.dot(losses, weights)
         return vary((total, d_head)), d_x
@@ -232,7 +245,7 @@ def _through_head(
     return d_head, jnp.einsum("BV,VD->BD", d_logits, head.table_VD)
 
 
-def _backward(chunk, smoothing, sparse, residuals, grad):
+def _backward(chunk, smoothing, sparse, z_coeff, residuals, grad):
     d_x, d_head, head, weights_B = residuals
     # The weights are data: nothing is differentiated by them.
     return (
@@ -260,6 +273,7 @@ def distilled_cross_entropy(
     smoothing: float = 0.0,
     temperature: float = 1.0,
     share: float = 0.5,
+    z_coeff: float = 0.0,
 ) -> jax.Array:
     """Return the loss of a student and its distance from a teacher, summed over tokens, float32.
 
@@ -275,6 +289,7 @@ def distilled_cross_entropy(
       teacher_head: the teacher's head, split over the same vocabulary.
       temperature: above 0.
       share: in [0, 1]; 0 gives the result of `cross_entropy`.
+      z_coeff: as in `cross_entropy`, of the student at temperature 1, whatever ``share``.
     """
     chunk = min(chunk, x_BD.shape[0])
     teacher_x_BC, teacher_head = lax.stop_gradient((teacher_x_BC, teacher_head))
@@ -286,6 +301,7 @@ def distilled_cross_entropy(
         smoothing,
         temperature,
         share,
+        z_coeff,
         *vary((x_BD, head, teacher_x_BC, teacher_head, labels_B, weights_B)),
     )
 
@@ -298,26 +314,32 @@ def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return exped / total[:, None], jnp.log(total) + top
 
 
-def _distilled_chunk(smoothing, temperature, share, x, head, teacher_x, teacher_head, labels):
+def _distilled_chunk(
+    smoothing, temperature, share, z_coeff, x, head, teacher_x, teacher_head, labels
+):
     """Return the losses (B,) of a chunk, and the logits (B, V) with their gradients."""
     logits = head.logits(x)
-    hard, (exped, sums, targets) = _losses_of(head, logits, labels, smoothing)
+    hard, of_softmax = _losses_of(head, logits, labels, smoothing)
     teacher_logits = teacher_head.logits(teacher_x)
     q, _ = _softmax(teacher_logits / temperature)
     p, log_total = _softmax(logits / temperature)
     soft = log_total - sum_over((q * logits).sum(-1), "tensor") / temperature
     losses = (1 - share) * hard + share * temperature**2 * soft
-    d_hard = exped / sums[:, None] - targets
     # d soft / d logits is (p - q) / temperature, times temperature^2.
-    return losses, logits, (1 - share) * d_hard + share * temperature * (p - q)
+    d_logits = (1 - share) * _by_logits(0.0, *of_softmax) + share * temperature * (p - q)
+    if z_coeff:
+        exped, total, _, log_z = of_softmax
+        d_logits = d_logits + 2 * z_coeff * (log_z / total)[:, None] * exped
+    return losses, logits, d_logits
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _distilled(
     chunk,
     smoothing,
     temperature,
     share,
+    z_coeff,
     x_BD,
     head,
     teacher_x_BC,
@@ -328,7 +350,7 @@ def _distilled(
     def one(total, part):
         x, teacher_x, labels, weights = part
         losses, _, _ = _distilled_chunk(
-            smoothing, temperature, share, x, head, teacher_x, teacher_head, labels
+            smoothing, temperature, share, z_coeff, x, head, teacher_x, teacher_head, labels
         )
         return total + jnp.dot(losses, weights), None
 
@@ -343,6 +365,7 @@ def _distilled_forward(
     smoothing,
     temperature,
     share,
+    z_coeff,
     x_BD,
     head,
     teacher_x_BC,
@@ -354,7 +377,7 @@ def _distilled_forward(
         total, d_head = carry
         x, teacher_x, labels, weights = part
         losses, logits, d_logits = _distilled_chunk(
-            smoothing, temperature, share, x, head, teacher_x, teacher_head, labels
+            smoothing, temperature, share, z_coeff, x, head, teacher_x, teacher_head, labels
         )
         d_logits = d_logits * weights[:, None]
         d_head, d_x = _through_head(head, d_head, x, logits, d_logits)
@@ -368,8 +391,8 @@ def _distilled_forward(
     return total, (d_x.reshape(x_BD.shape), d_head, head, weights_B)
 
 
-def _distilled_backward(chunk, smoothing, temperature, share, residuals, grad):
-    d_x, d_head, _, d_weights = _backward(chunk, smoothing, False, residuals, grad)
+def _distilled_backward(chunk, smoothing, temperature, share, z_coeff, residuals, grad):
+    d_x, d_head, _, d_weights = _backward(chunk, smoothing, False, z_coeff, residuals, grad)
     return d_x, d_head, None, None, None, d_weights
 
 

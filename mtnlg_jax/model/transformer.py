@@ -19,6 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.model import mup
 from mtnlg_jax.model.block import Block
 from mtnlg_jax.model.head import Head
 from mtnlg_jax.model.hooks import LAYER_INPUT, PLAIN, Hooks, dropout, policy_of
@@ -258,7 +259,7 @@ class Transformer(nnx.Module):
             (self.tokens_VD if self.head_VD is None else self.head_VD)[...],
             None if self.b_head_V is None else self.b_head_V[...],
             self.config.final_logit_softcapping,
-            self.config.multipliers.logits,
+            self.config.logits_multiplier,
             self.config.vocab_padding,
         )
 
@@ -282,6 +283,7 @@ def init_parameters(config: ModelConfig, seed: int, shardings: Any = None) -> nn
     """
 
     def make():
-        return nnx.split(Transformer(config, rngs=nnx.Rngs(seed)))[1]
+        params = nnx.split(Transformer(config, rngs=nnx.Rngs(seed)))[1]
+        return mup.scale_initial(params, config)
 
     return jax.jit(make, out_shardings=shardings)()

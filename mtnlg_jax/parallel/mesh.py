@@ -21,6 +21,8 @@ share the plan.
 | E experts, outputs of a router | none | |
 | H head width, P positions, R rank of an adapter, C width of a masked head | none | |
 | C width of a prefix, I numbers of a patch of an image | none | |
+| U columns of SOAP's statistics whose rows tensor splits | data x expert (ZeRO) | as D |
+| J columns of its others | none | |
 """
 
 import math
@@ -50,9 +52,10 @@ AXIS_OF: dict[str, str | tuple[str, ...]] = {
     "K": "tensor",
     "F": "tensor",
     "D": ROWS,
+    "U": ROWS,
     "E": "expert",
 }
-UNSPLIT = "CHIPR"
+UNSPLIT = "CHIJPR"
 
 # The bias by which routers choose experts: float32 in every step, and its gradient counts tokens.
 EXPERT_BIAS = "b_balance_E"
@@ -145,7 +148,7 @@ def spec_of(dims: str, zero: int = 1, whole: str = "") -> P:
         if axis == ROWS and of_experts:
             axis = "data"
         # Without ZeRO every device along data holds whole parameters and moments.
-        unsharded = dim == "D" and zero == 0
+        unsharded = dim in "DU" and zero == 0
         if unsharded or dim in whole or (dim == "E" and not of_experts):
             axis = None
         # JAX would refuse such a spec as well, but without the name of the tensor.

@@ -56,7 +56,8 @@ def memory(
     held_factors = {
         "base": held.base,
         "adapters": 4 * held.factors,
-        "moments": 8 * held.factors,
+        # Lion has no second moments.
+        "moments": (4 if config.optimizer.name == "lion" else 8) * held.factors,
     }
     layer = all_blocks / layers
     if quantized_base.used(config):

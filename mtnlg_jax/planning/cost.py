@@ -108,15 +108,15 @@ class Job:
     ) -> _Held:
         """Count what a device holds with D split over ``data`` and ``expert``, or whole."""
         sizes = (pipe, data, expert, 1, tensor)
-        rows = plan_table(self.params, dict(zip(AXES, sizes, strict=True)), zero=int(zero))
+        of_axes = dict(zip(AXES, sizes, strict=True))
+        rows = plan_table(self.params, of_axes, zero=int(zero))
         size = padded_size if self.chip and self.chip.tpu else math.prod
         blocks = 0
         rest = 0
         experts = 0
         for row in rows:
             numbers = size(row.local)
-            inside = row.path.startswith("blocks.")
-            if inside:
+            if row.path.startswith("blocks."):
                 blocks += numbers
             else:
                 rest += numbers
@@ -205,7 +205,7 @@ class Job:
         # Moments come from the host when what only the passes need is free again.
         coming = max(0.0, of_moments.coming - (weights + inputs + kept + layer + head))
         parameters = {
-            "masters": 4 * (blocks + rest),
+            "masters": (8 if self.config.train.ema_decay else 4) * (blocks + rest),
             "moments": of_moments.device + coming,
             "weights": weights,
             "gradients": gradients,

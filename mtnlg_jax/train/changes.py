@@ -24,10 +24,12 @@ from mtnlg_jax.config import (
 from mtnlg_jax.data.batches import SAMPLE_ORDER
 from mtnlg_jax.foreign import folder_of
 from mtnlg_jax.storage import is_remote
+from mtnlg_jax.train import lengthening
 from mtnlg_jax.train.schedule import (
     batch_size_at,
     learning_rate,
     samples_at_end,
+    samples_before,
     stage_at,
     stage_bounds,
 )
@@ -49,7 +51,8 @@ IDENTITY = (
             "ffn_hidden_size vocab_size max_position_embeddings position_embedding_type "
             "rotary_base rotary_percent normalization norm_placement norm_epsilon qk_layernorm "
             "parallel_residual embedding_norm activation add_bias bias tie_embeddings mlm_head "
-            "layer_pattern attn_logit_softcapping final_logit_softcapping attention_sink"
+            "layer_pattern attn_logit_softcapping final_logit_softcapping attention_sink "
+            "mup_base_hidden_size mup_base_kv_channels"
         ).split()
     }
     | {
@@ -69,7 +72,15 @@ IDENTITY = (
 
 # Another value would change the meaning of the state or of the sample count.
 # `privacy.start` refuses another unit, and to turn differential privacy on or off.
-REFUSED = {"train.init", "data.sequence_length", "optimizer.name", "optimizer.dp_unit"}
+# `lengthening` refuses a change of train.steps under which the steps so far would have had other
+# learning rates; it is reported otherwise.
+REFUSED = {
+    "train.init",
+    "data.sequence_length",
+    "optimizer.name",
+    "optimizer.max_precond_dim",
+    "optimizer.dp_unit",
+}
 
 REPORTED = {
     "model.dropout_rate",
@@ -81,15 +92,23 @@ REPORTED = {
     "data.masking.random_share",
     "optimizer.learning_rate",
     "optimizer.min_learning_rate_ratio",
+    "optimizer.lr_decay_style",
     "optimizer.warmup_fraction",
+    "optimizer.warmup_samples",
     "optimizer.decay_fraction",
+    "optimizer.decay_samples",
+    "optimizer.wsd_decay_style",
+    "optimizer.wsd_decay_fraction",
+    "optimizer.lr_cycles",
     "optimizer.b1",
     "optimizer.b2",
     "optimizer.muon_momentum",
     "optimizer.moments_dtype",
+    "optimizer.precondition_frequency",
     "optimizer.eps",
     "optimizer.weight_decay",
     "optimizer.clip_grad_norm",
+    "optimizer.clip_update_norm",
     "optimizer.dp_noise_multiplier",
     "optimizer.dp_target_epsilon",
     "optimizer.dp_clip_norm",
@@ -104,6 +123,8 @@ REPORTED = {
     "train.compute_dtype",
     "train.reduce_dtype",
     "train.label_smoothing",
+    "train.z_loss_coeff",
+    "train.ema_decay",
     "train.eval_batches",
 }
 
@@ -146,6 +167,17 @@ def kept_init(meta: dict, config: Config) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, init=before))
 
 
+def kept_warmup(meta: dict, step: int, samples: int, config: Config) -> Config:
+    """Return ``config`` with the warm-up of the checkpoint of ``step``, as `lengthening` keeps it.
+
+    ``samples``: sequences read so far; 0 of parameters alone, which have no warm-up.
+    """
+    before = _config_of(meta.get("config", {}))
+    if before is None or not samples:
+        return config
+    return lengthening.kept_warmup(before, step, samples, config)
+
+
 def deciding(config: Config) -> dict[str, Any]:
     """Return the settings that decide the steps of a run, without paths and what is free."""
     paths = {"data.path", "data.tokenizer", "optimizer.dp_secret"}
@@ -182,12 +214,16 @@ def refuse_changes(meta: dict, step: int, alone: bool, config: Config) -> None:
     for key, why in (
         ("data.sequence_length", "samples of another length hold other text"),
         ("optimizer.name", "its moments are those of another optimizer"),
+        ("optimizer.max_precond_dim", "soap has statistics of other matrices"),
     ):
         if old[key] != new[key]:
             raise ValueError(
                 f"{key} was {old[key]} up to checkpoint {step} and is {new[key]}: {why}; give the "
                 "same, or another --workdir with --init of this run"
             )
+    if before_config := _config_of(saved):
+        samples = meta.get("samples", samples_before(before_config.train, step))
+        lengthening.refuse_other_rates(before_config, step, samples, config)
 
 
 def report_changes(meta: dict, step: int, samples: int, config: Config) -> str | None:
@@ -224,16 +260,20 @@ def report_changes(meta: dict, step: int, samples: int, config: Config) -> str |
     # Still reported, since the config on disk will differ from what was trained.
     if step >= config.train.steps:
         return f"step {step} was the last, so these changes do nothing: {'; '.join(found + unused)}"
-    before: Config | None
-    try:
-        before = from_json(json.dumps(saved))
-    except ValueError:
-        # Written by another version: its keys are compared, its schedule cannot be computed.
-        before = None
+    before = _config_of(saved)
     consequences = _consequences(before, config, step, samples) if before else []
     return f"from step {step + 1} on, settings differ from checkpoint {step}: " + "; ".join(
         found + unused + consequences
     )
+
+
+def _config_of(saved: dict) -> Config | None:
+    """Return the config that a checkpoint recorded; None if another version wrote it."""
+    try:
+        return from_json(json.dumps(saved))
+    except ValueError:
+        # Its keys are compared, its schedule cannot be computed.
+        return None
 
 
 def _consequences(before: Config, config: Config, step: int, samples: int) -> list[str]:

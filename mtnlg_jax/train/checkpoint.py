@@ -5,6 +5,7 @@
       200.unfinished       exists while 200/ is written or deleted; the next start removes both
       200/params/          Orbax: one array for each parameter, by name, layers stacked, on any mesh
       200/rest/            Orbax: optimizer state and counters
+      200/ema/             Orbax: averages of the parameters, with train.ema_decay
       200/record.json      written last: metric, config, identity, size and SHA-256 of every file
       200/finite           empty: a loss of these parameters was finite
       100.damaged/         found damaged at a start and set aside
@@ -40,6 +41,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mtnlg_jax import foreign, storage
+from mtnlg_jax.command import CHECKPOINTS
 from mtnlg_jax.config import Config, from_json
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.storage import is_remote
@@ -123,11 +125,15 @@ class Checkpoints:
             "arrays": checkpoint_arrays.shapes(flat),
         }
         # Of the global arrays: process 0 checks the space for what all processes write.
-        size = sum(array.size * array.dtype.itemsize for array in flat.values())
+        size = sum(
+            array.size * array.dtype.itemsize
+            for part in checkpoint_arrays.split(flat).values()
+            for array in part.values()
+        )
         # The marker must exist before any array is written, in whichever process.
         if not run_on_first(lambda: self._files.begin(step, size)):
             return
-        args = checkpoint_arrays.save_args(*checkpoint_arrays.split(flat))
+        args = checkpoint_arrays.save_args(flat)
         # ``force`` overwrites what an unfinished save left behind on an object store.
         with self._files.failure_named(step):
             self._orbax.save(self.folder / str(step), force=True, args=args)
@@ -280,7 +286,8 @@ def load_run(
     vocab_padding: int | None = None,
     before: Before = lambda config, tokenizer: None,
 ) -> Run:
-    """Load the model with the lowest metric in ``workdir`` ("best"), or the newest ("last").
+    """Load the model with the lowest metric in ``workdir`` ("best"), the newest ("last"), or the
+    newest average of the weights ("ema").
 
     Without any metric "best" is the newest. Read parameters only, to one device, or sharded over
     ``mesh`` as the plan says; low-rank adapters are merged. Write nothing, so that a run may be
@@ -336,10 +343,11 @@ def find_run(
                 tokenizer = load_tokenizer(os.fspath(run / "tokenizer"))
                 # Hashing reads all bytes as well.
                 before(config, tokenizer)
-                # Only params/ is hashed: Adam's moments are twice as large and are not read.
-                damage = manifest.damage(path, record, below="params/")
+                # Only these are hashed: Adam's moments are twice as large and are not read.
+                part = "ema" if which == "ema" else "params"
+                damage = manifest.damage(path, record, below=f"{part}/")
             if record is not None and damage is None:
-                params = read(path / "params", config)
+                params = read(path / part, config)
                 # Adapters are merged, so the config that goes with the parameters has none.
                 return Run(lora.without(config), params, tokenizer, step, record["meta"])
         except Exception:
@@ -357,13 +365,20 @@ def find_run(
 
 def _steps(run: epath.Path, which: str) -> list[int]:
     """Return the steps of the checkpoints of ``run``, the one to take first."""
-    if which not in ("best", "last"):
-        raise ValueError(f"unknown value which={which!r}; choose best or last")
+    if which not in CHECKPOINTS:
+        raise ValueError(f"unknown value which={which!r}; choose {', '.join(CHECKPOINTS)}")
     folder = run / "checkpoints"
     steps = manifest.finished(folder)[::-1]
     best = manifest.best(folder)
     if not steps:
         raise FileNotFoundError(_no_run(run))
+    if which == "ema":
+        steps = [step for step in steps if (folder / str(step) / "ema").exists()]
+        if not steps:
+            raise FileNotFoundError(
+                f"no checkpoint of {folder} has averages of the weights: they are kept with "
+                "train.ema_decay above 0; give --checkpoint=best, or last"
+            )
     if which == "best" and best is not None:
         # The others follow in case the best is damaged or deleted while it is read.
         return [best, *(step for step in steps if step != best)]

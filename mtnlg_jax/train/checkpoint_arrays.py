@@ -40,6 +40,7 @@ sys.unraisablehook = _without_late_writes(sys.unraisablehook)
 
 # Counters of TrainState are stored under the names with which the first runs were saved.
 SAVED_NAMES = {"nonfinite_streak": "bad", "nonfinite_total": "skipped"}
+AVERAGE = "extras.ema."  # beginning of the names of averages
 CHUNK_BYTES = 2**24  # at most, of the piece of a parameter that is stored together
 
 
@@ -55,16 +56,29 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def is_parameter(name: str) -> bool:
-    """Return whether ``name`` belongs to params/ rather than rest/."""
+    """Return whether ``name`` belongs to params/."""
     return name.startswith("params.")
 
 
-def split(flat: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (parameters by their name without "params.", all other leaves)."""
+def is_average(name: str) -> bool:
+    """Return whether ``name`` is the average of a parameter, which ema/ holds."""
+    return name.startswith(AVERAGE)
+
+
+def split(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the leaves by the folder that holds them: params/, rest/ and ema/.
+
+    Averages have the names of the parameters that they are of. Beside them ema/ has the parameters
+    that are not averaged, such as those below adapters, so that it is read as params/ is.
+    """
     params = {
         name.removeprefix("params."): leaf for name, leaf in flat.items() if is_parameter(name)
     }
-    return params, {name: leaf for name, leaf in flat.items() if not is_parameter(name)}
+    averages = {name.removeprefix(AVERAGE): leaf for name, leaf in flat.items() if is_average(name)}
+    rest = {
+        name: leaf for name, leaf in flat.items() if not is_parameter(name) and not is_average(name)
+    }
+    return {"params": params, "rest": rest, "ema": params | averages if averages else {}}
 
 
 def shapes(flat: dict[str, Any]) -> dict[str, str]:
@@ -100,11 +114,11 @@ def with_padding_of(arrays: dict[str, str], saved: dict[str, str]) -> dict[str, 
 
 
 def make_writer() -> Any:
-    """Return the asynchronous Orbax checkpointer of the parts params/ and rest/."""
+    """Return the asynchronous Orbax checkpointer of the parts of `split`."""
     import orbax.checkpoint as ocp
 
-    # Two parts, so that a reader of the parameters never opens the optimizer state.
-    handler = ocp.CompositeCheckpointHandler(params=_handler(), rest=_handler())
+    # Parts, so that a reader of the parameters never opens the optimizer state.
+    handler = ocp.CompositeCheckpointHandler(params=_handler(), rest=_handler(), ema=_handler())
     return ocp.AsyncCheckpointer(handler)
 
 
@@ -119,8 +133,8 @@ def _handler() -> Any:
     return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
 
 
-def save_args(params: dict[str, jax.Array], rest: dict[str, jax.Array]) -> Any:
-    """Return Orbax's arguments to save both parts; empty ones are left out.
+def save_args(flat: dict[str, jax.Array]) -> Any:
+    """Return Orbax's arguments to save the parts of `split`; empty ones are left out.
 
     Large parameters are stored by layer, and embedding tables in pieces, so that decoding can read
     one without holding it as a whole.
@@ -128,18 +142,18 @@ def save_args(params: dict[str, jax.Array], rest: dict[str, jax.Array]) -> Any:
     import orbax.checkpoint as ocp
 
     def layout(part: str, name: str, array: jax.Array) -> Any:
-        if part != "params" or array.nbytes <= CHUNK_BYTES:
+        if part == "rest" or array.nbytes <= CHUNK_BYTES:
             return ocp.SaveArgs()
         # Dim 0 of a block's parameter is L.
         axes = (0,) if name.startswith("blocks.") else ()
         return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes)
 
     parts = {}
-    for part, flat in {"params": params, "rest": rest}.items():
+    for part, arrays in split(flat).items():
         # A converted model has no optimizer state, and then no folder rest/.
-        if flat:
-            layouts = {name: layout(part, name, array) for name, array in flat.items()}
-            parts[part] = ocp.args.PyTreeSave(flat, save_args=layouts)
+        if arrays:
+            layouts = {name: layout(part, name, array) for name, array in arrays.items()}
+            parts[part] = ocp.args.PyTreeSave(arrays, save_args=layouts)
     return ocp.args.Composite(**parts)
 
 
@@ -257,12 +271,20 @@ def read_state(path: epath.Path, abstract_state: Any, saved: Mapping[str, str]) 
     as_saved, convert = moments_dtype.conversion(abstract_state.opt_state, saved, wanted)
     abstract_state = abstract_state._replace(opt_state=as_saved)
     flat = flatten(abstract_state)
-    params, rest = split(flat)
-    stored = {name: leaf for name, leaf in rest.items() if name in saved}
-    new = {name: leaf for name, leaf in rest.items() if name not in saved}
-    arrays = {f"params.{name}": array for name, array in read(path / "params", params).items()}
-    arrays |= read(path / "rest", stored) if stored else {}
-    arrays |= zeros(new) if new else {}
+    parts = split(flat)
+    averages = {name.removeprefix(AVERAGE) for name in flat if is_average(name) and name in saved}
+    stored = {
+        "params": parts["params"],
+        "rest": {name: leaf for name, leaf in parts["rest"].items() if name in saved},
+        "ema": {name: leaf for name, leaf in parts["ema"].items() if name in averages},
+    }
+    prefixes = {"params": "params.", "rest": "", "ema": AVERAGE}
+    arrays = {
+        prefixes[part] + name: array
+        for part, wanted in stored.items()
+        for name, array in (read(path / part, wanted) if wanted else {}).items()
+    }
+    arrays |= zeros({name: leaf for name, leaf in flat.items() if name not in arrays})
     # By name and not by position: the order of leaves on disk does not matter.
     leaves = [arrays[name] for name in flat]
     state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mtnlg_jax.config import Config, to_json
 from mtnlg_jax.data.batches import SAMPLE_ORDER
 from mtnlg_jax.errors import Preempted
-from mtnlg_jax.train import processes
+from mtnlg_jax.train import averages, processes
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.evaluate import Evaluator
 from mtnlg_jax.train.inputs import Data
@@ -137,6 +137,10 @@ class Course:
 
     def _evaluate(self) -> dict[str, float]:
         result = self.evaluate(self.state.params)
+        mean = self.state.extras.get(averages.KEY)
+        if mean is not None and result:
+            found = self.evaluate(averages.parameters(self.config, self.state.params, mean))
+            result |= {f"ema_{name}": found[name] for name in FIGURES if name in found}
         self.log.write({"kind": "eval", "step": self.done, **result})
         if self.show_progress and result:
             figures = [f"{name} {short(result[name])}" for name in FIGURES if name in result]

@@ -48,7 +48,7 @@ _ADDED_TO_MOE = ("moe_router_enable_expert_bias",)
 _ADDED = (
     "rotary_percent rope_scaling norm_placement qk_layernorm parallel_residual embedding_norm bias "
     "mlm_head layer_pattern attn_logit_softcapping final_logit_softcapping multipliers "
-    "attention_sink moe prefix"
+    "attention_sink moe prefix mup_base_hidden_size mup_base_kv_channels"
 ).split()
 
 

@@ -159,6 +159,7 @@ def _begin(
     # From here on train.init of the config is that of the first start of this run.
     config = changes.kept_init(meta, config)
     samples = int(state.samples)
+    config = changes.kept_warmup(meta, first, samples, config)
     config, ledger = privacy.start(config, data.samplers, meta, first, samples)
     if samples and processes.is_first():  # 0: parameters alone, not trained in this folder yet
         reported = changes.report_changes(meta, first, samples, config)

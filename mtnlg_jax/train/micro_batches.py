@@ -137,7 +137,16 @@ class MicroBatches:
             return jax.tree.map(lambda nats: nats / self.total, pair)
         if self.teacher is None:
             # Head and loss in one call, which never holds the logits of all tokens.
-            nats = cross_entropy(x_BD, model.head(), labels, weights, chunk, smoothing, self.sparse)
+            nats = cross_entropy(
+                x_BD,
+                model.head(),
+                labels,
+                weights,
+                chunk,
+                smoothing,
+                self.sparse,
+                train.z_loss_coeff,
+            )
         else:
             nats = distilled_cross_entropy(
                 x_BD,
@@ -149,6 +158,7 @@ class MicroBatches:
                 smoothing,
                 self.teacher.temperature,
                 self.teacher.weight,
+                train.z_loss_coeff,
             )
         # Divided by the weight of the whole batch and not of the micro-batch, so that every token
         # counts the same however they are spread, and shares add up to the mean.

@@ -1,20 +1,24 @@
-"""AdamW or Muon, from Optax.
+"""AdamW, Muon or Lion, from Optax, or SOAP.
 
 The train step applies the learning rate, because it knows how many samples were consumed.
 """
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from optax import contrib
 
-from mtnlg_jax.config import Config, OptimizerConfig
+from mtnlg_jax.config import Config, ModelConfig, OptimizerConfig
 from mtnlg_jax.config.memory_rules import offloads_moments
+from mtnlg_jax.model import mup
 from mtnlg_jax.parallel.mesh import dims_of, parameter_name
 from mtnlg_jax.train import offload
+from mtnlg_jax.train.soap import scale_by_soap
 
 Path = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
 
@@ -32,30 +36,75 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(
-    config: OptimizerConfig, seed: int = 0, on_host: bool = False
+    config: OptimizerConfig,
+    mesh: Mesh | None = None,
+    model: ModelConfig | None = None,
+    seed: int = 0,
+    on_host: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Chain clipping by global norm, moments and decoupled weight decay.
+    """Chain clipping by global norm, moments, clipping of the update, the factors of muP if
+    ``model`` has it, and decoupled weight decay.
 
-    The caller scales the updates by minus the learning rate. ``seed`` and ``on_host`` are those of
-    `offload.hold`.
+    The caller scales the updates by minus the learning rate. The devices of ``mesh`` share what
+    XLA would compute on each; without one the updates are the same. ``seed`` and ``on_host`` are
+    those of `offload.hold`.
     """
     # Clipping comes first: moments then never see a gradient above the limit.
-    clip = optax.identity()
-    if config.clip_grad_norm:
-        clip = optax.clip_by_global_norm(config.clip_grad_norm)
-    moments = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    if config.name == "muon":
-        # Clipping is outside the partition, so that the norm is that of all gradients together.
-        moments = optax.partition({"adam": moments, "muon": _muon(config)}, _labels)
-    moments = offload.hold(moments, config.moments_dtype, seed, on_host)
-    # Decay follows the moments and so is decoupled from them (AdamW, Loshchilov 2019).
+    clip = _clip(config.clip_grad_norm)
+    # Decay follows the moments and so is decoupled from them (AdamW, Loshchilov 2019). The limit of
+    # the update is before it, so that decay goes on where an update is scaled down.
+    clip_update = _clip(config.clip_update_norm)
     decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
-    return optax.with_extra_args_support(optax.chain(clip, moments, decay))
+    moments = offload.hold(_moments(config, mesh), config.moments_dtype, seed, on_host)
+    if model is None or model.mup_ratio == 1:
+        return optax.with_extra_args_support(optax.chain(clip, moments, clip_update, decay))
+    # Its factors are behind what looks at the update as a whole.
+    factors = _mup(config, model)
+    return optax.with_extra_args_support(optax.chain(clip, moments, clip_update, factors, decay))
 
 
-def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
-    """Return the optimizer of a run."""
-    return make_optimizer(config.optimizer, config.train.seed, offloads_moments(config))
+def optimizer_of(config: Config, mesh: Mesh | None = None) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer of a run; ``mesh`` as in `make_optimizer`."""
+    on_host = offloads_moments(config)
+    return make_optimizer(config.optimizer, mesh, config.model, config.train.seed, on_host)
+
+
+def _clip(norm: float) -> optax.GradientTransformation:
+    return optax.clip_by_global_norm(norm) if norm else optax.identity()
+
+
+def _moments(config: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformation:
+    """Return what turns clipped gradients into updates."""
+    if config.name == "lion":
+        return optax.scale_by_lion(config.b1, config.b2)
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    if config.name == "adamw":
+        return adam
+    # Clipping is outside the partition, so that the norm is that of all gradients together.
+    labels = functools.partial(_labels, config.name)
+    if config.name == "muon":
+        return optax.partition({"adam": adam, "muon": _muon(config)}, labels)
+    soap = scale_by_soap(
+        config.b1,
+        config.b2,
+        config.eps,
+        config.precondition_frequency,
+        config.max_precond_dim,
+        _matrix_dims,
+        mesh,
+    )
+    return optax.partition({"adam": adam, "soap": soap}, labels)
+
+
+def _mup(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
+    def scaled(updates: Any, _: Any = None) -> Any:
+        whole = config.name in ("adamw", "lion")
+        each = (
+            jax.tree.map(lambda _: config.name, updates) if whole else _labels(config.name, updates)
+        )
+        return mup.scale_updates(updates, model, each)
+
+    return optax.stateless(scaled)
 
 
 def _is_matrix(path: Path) -> bool:
@@ -63,23 +112,20 @@ def _is_matrix(path: Path) -> bool:
     return dims_of(path).startswith("L") and parameter_name(path).startswith("w_")
 
 
-def _labels(params: Any) -> Any:
-    """Give the matrices of the blocks to Muon; embeddings, head, norms and biases to Adam."""
+def _labels(name: str, params: Any) -> Any:
+    """Give the matrices of the blocks to ``name``; embeddings, head, norms and biases to Adam."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: "muon" if _is_matrix(path) else "adam", params
+        lambda path, _: name if _is_matrix(path) else "adam", params
     )
 
 
 def _matrix_dims(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return (the input dims, the output dims) of a stacked matrix.
-
-    Its input is D (LDNH, LDF, LEDF), or its output is D (LNHD, LFD, LEFD).
-    """
-    dims = dims_of(path)
+    """Return (the input dims, the output dims) of a stacked matrix, by number."""
+    inputs, outputs = mup.sides(parameter_name(path))
     # L and E belong to neither side: each layer and each expert has a matrix of its own.
-    first = 2 if dims[1] == "E" else 1
-    split = first + 1 if dims[first] == "D" else len(dims) - 1
-    return tuple(range(first, split)), tuple(range(split, len(dims)))
+    first = len(dims_of(path)) - len(inputs) - len(outputs)
+    split = first + len(inputs)
+    return tuple(range(first, split)), tuple(range(split, split + len(outputs)))
 
 
 def _matrix_axes(updates: Any) -> Any:

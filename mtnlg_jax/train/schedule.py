@@ -4,48 +4,15 @@ They depend on the config, the step and the samples consumed so far, so a resume
 state.
 """
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from mtnlg_jax.config import Config, StageConfig, TrainConfig
-
-
-def batch_size_at(train: TrainConfig, samples: int) -> int:
-    """Return the sequences in the step that starts after ``samples`` sequences.
-
-    This is Megatron-LM's --rampup-batch-size.
-    """
-    if train.rampup_batch_size is None:
-        return train.global_batch_size
-    start, increment, ramp_samples = train.rampup_batch_size
-    # Integers alone: the size must be the same in every process and after every resume.
-    increments = (train.global_batch_size - start) // increment
-    if increments == 0 or samples >= ramp_samples:
-        return train.global_batch_size
-    return start + increment * (samples * increments // ramp_samples)
-
-
-# Called for every look at the schedule; the config is frozen and hashable.
-@functools.lru_cache(maxsize=16)
-def _ramp(train: TrainConfig) -> tuple[int, ...]:
-    """Return the samples before each step of the ramp, and before the first full batch."""
-    before = [0]
-    ramp_samples = train.rampup_batch_size[2] if train.rampup_batch_size else 0
-    # Each size depends on the samples before it, so there is no closed form.
-    while before[-1] < ramp_samples and len(before) <= train.steps:
-        before.append(before[-1] + batch_size_at(train, before[-1]))
-    return tuple(before)
-
-
-def samples_before(train: TrainConfig, step: int) -> int:
-    """Return the sequences consumed before ``step``, which is at most train.steps."""
-    ramp = _ramp(train)
-    if step < len(ramp):
-        return ramp[step]
-    return ramp[-1] + (step - len(ramp) + 1) * train.global_batch_size
+from mtnlg_jax.config.samples import batch_size_at as batch_size_at
+from mtnlg_jax.config.samples import phases_of
+from mtnlg_jax.config.samples import samples_before as samples_before
 
 
 def samples_at_end(train: TrainConfig, step: int, samples: int) -> int:
@@ -102,24 +69,62 @@ def is_masked(train: TrainConfig, step: int) -> bool:
 def learning_rate(config: Config, samples: int | jax.Array, total: int | None = None) -> jax.Array:
     """Return the learning rate of the step that ends after ``samples`` sequences (may be traced).
 
-    It rises linearly to the peak during warm-up, then falls along a cosine to the floor and stays
-    there. The caller applies the scale of the stage. ``total``: sequences of the whole run
+    It rises linearly to the peak during warm-up, then follows the curve of optimizer.lr_decay_style
+    to the floor and stays there. The formulas are those of Megatron-LM's OptimizerParamScheduler.
+    The caller applies the scale of the stage. ``total``: sequences of the whole run
     (`samples_at_end`); the default is that of a run that began with this config.
     """
     total = samples_before(config.train, config.train.steps) if total is None else total
     optimizer = config.optimizer
-    warmup = optimizer.warmup_fraction * total
-    decay = optimizer.decay_fraction * total
+    phases = phases_of(optimizer, total)
     # float32 is exact up to 16.8 million sequences; beyond that the error is below 1e-7 of the
     # whole.
     samples = jnp.asarray(samples, jnp.float32)
+    # Sequences since the cycle began, its warm-up, and what follows that.
+    since = samples
+    warmup: float | jax.Array = phases.warmup
+    # The lower limits here and below avoid 0 / 0 where a phase has no length.
+    rest: float | jax.Array = max(phases.cycle - phases.warmup, 1e-9)
+    if optimizer.lr_cycles > 1:
+        begins = jnp.asarray([n * phases.cycle for n in range(optimizer.lr_cycles)], jnp.float32)
+        # A step that ends where a cycle ends belongs to it.
+        cycle = jnp.searchsorted(begins[1:], samples)
+        since = samples - begins[cycle]
+        warmup = jnp.where(cycle == 0, phases.warmup, 0.0)
+        rest = jnp.where(cycle == 0, rest, phases.cycle)
+    progress = jnp.clip((since - warmup) / rest, 0.0, 1.0)
     floor = optimizer.min_learning_rate_ratio
-    # Both lower limits avoid 0 / 0 where warm-up or decay have no length.
-    progress = jnp.clip((samples - warmup) / max(decay - warmup, 1e-9), 0.0, 1.0)
-    cosine = floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    match optimizer.lr_decay_style:
+        case "constant":
+            share = jnp.ones_like(samples)
+        case "inverse_square_root":
+            # A restart goes on as though its warm-up had just ended.
+            past = since + (phases.warmup - warmup)
+            root = jnp.sqrt(max(phases.warmup, 1.0) / jnp.maximum(past, 1.0))
+            share = jnp.where(samples > phases.end, floor, jnp.maximum(root, floor))
+        case "wsd":
+            begin = phases.cycle - phases.decay
+            decayed = jnp.clip((since - begin) / max(phases.decay, 1e-9), 0.0, 1.0)
+            share = _falling(optimizer.wsd_decay_style, decayed, floor)
+        case style:
+            share = _falling(style, progress, floor)
     return optimizer.learning_rate * jnp.where(
-        samples < warmup, samples / max(warmup, 1e-9), cosine
+        samples < phases.warmup, samples / max(phases.warmup, 1e-9), share
     )
+
+
+def _falling(style: str, progress: jax.Array, floor: float) -> jax.Array:
+    """Return a curve that falls from 1 to ``floor`` while ``progress`` goes from 0 to 1."""
+    match style:
+        case "linear":
+            return floor + (1 - floor) * (1 - progress)
+        case "exponential":
+            return floor + (1 - floor) * (2 * 0.5**progress - 1)
+        case "minus_sqrt":
+            return floor + (1 - floor) * (1 - jnp.sqrt(progress))
+        case "cosine":
+            return floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    raise ValueError(f"unknown curve {style!r}")
 
 
 def loss_name(train: TrainConfig, stage: StageConfig) -> str:

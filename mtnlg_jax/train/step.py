@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config
-from mtnlg_jax.train import expert_loads, lora, offload, quantized_base
+from mtnlg_jax.train import averages, expert_loads, lora, offload, quantized_base
 from mtnlg_jax.train.distill import Distillation
 from mtnlg_jax.train.gradients import make_loss_and_gradients
 from mtnlg_jax.train.optimizer import optimizer_of
@@ -45,7 +45,7 @@ def make_train_step(
       total_samples: sequences of the whole run, as in `learning_rate`.
       sparse: as in `cross_entropy`; the loss is the same.
     """
-    optimizer = optimizer_of(config)
+    optimizer = optimizer_of(config, mesh)
     moe = config.model.moe
     # The layers of a quantized base are assembled where they are applied, so none can be counted.
     private = config.optimizer.private
@@ -104,7 +104,7 @@ def make_train_step(
             samples=samples,
             nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),
             nonfinite_total=state.nonfinite_total + ~finite,
-            extras=state.extras,
+            extras=select(averages.updated(config, state, params), state.extras),
         )
         metrics = {
             "loss": loss,

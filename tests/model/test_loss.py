@@ -45,7 +45,7 @@ def _inputs(seed=0, size=1.0):
     return x, head, labels, weights
 
 
-def _longhand(x, head, labels, weights, smoothing=0.0):
+def _longhand(x, head, labels, weights, smoothing=0.0, z_coeff=0.0):
     """Return losses of the tokens, and the gradients of their weighted sum, in float64."""
     x = np.asarray(x, np.float64)
     head = np.asarray(head, np.float64)
@@ -54,12 +54,13 @@ def _longhand(x, head, labels, weights, smoothing=0.0):
     d_head = np.zeros_like(head)
     for t in range(len(x)):
         logits = head @ x[t]
+        log_z = math.log(np.exp(logits).sum())
         logits = logits - logits.max()
         log_p = logits - math.log(np.exp(logits).sum())
         target = np.full(len(head), smoothing / len(head))
         target[labels[t]] += 1 - smoothing
         losses[t] = -target @ log_p
-        d_logits = weights[t] * (np.exp(log_p) - target)
+        d_logits = weights[t] * (np.exp(log_p) - target + 2 * z_coeff * log_z * np.exp(log_p))
         d_x[t] = d_logits @ head
         d_head += np.outer(d_logits, x[t])
     return losses, d_x, d_head
@@ -85,6 +86,38 @@ def test_loss_and_gradients_equal_the_reference(chunk, smoothing, sparse):
     np.testing.assert_allclose(d_x, want_x, rtol=FLOAT32, atol=FLOAT32)
     np.testing.assert_allclose(d_head, want_head, rtol=FLOAT32, atol=FLOAT32)
     assert (d_x[weights == 0] == 0).all() and (np.abs(d_x[weights > 0]).max(-1) > 0).all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_z_loss_adds_to_gradients_and_not_to_the_loss(smoothing):
+    x, head, labels, weights = _inputs()
+    function = functools.partial(cross_entropy, chunk=7, smoothing=smoothing, z_coeff=0.05)
+    value, gradients = jax.jit(jax.value_and_grad(function, (0, 1)))(x, head, labels, weights)
+    losses, *wanted = _longhand(x, head, labels, weights, smoothing, 0.05)
+    np.testing.assert_allclose(value, losses @ weights, rtol=FLOAT32)
+    plain = _longhand(x, head, labels, weights, smoothing)[1:]
+    for got, want, without in zip(gradients, wanted, plain, strict=True):
+        np.testing.assert_allclose(got, want, rtol=FLOAT32, atol=FLOAT32)
+        assert np.abs(want - without).max() > 0.1
+
+
+def test_the_z_loss_is_the_derivative_of_the_square_of_log_z():
+    x, head, labels, weights = _inputs()
+
+    def naive(x, head):
+        logits = x @ head.T
+        log_z = jax.nn.logsumexp(logits, -1)
+        picked = jnp.take_along_axis(logits, labels[:, None], -1)[:, 0]
+        return jnp.dot(log_z - picked + 0.05 * jnp.square(log_z), weights)
+
+    wanted = jax.jit(jax.grad(naive, (0, 1)))(x, head)
+    found = jax.jit(
+        jax.grad(
+            lambda x, head: cross_entropy(x, head, labels, weights, 7, 0.0, False, 0.05), (0, 1)
+        )
+    )(x, head)
+    for got, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=FLOAT32, atol=2 * FLOAT32)
 
 
 def test_a_factor_of_the_loss_multiplies_its_gradients():

@@ -27,17 +27,20 @@ CONFIG = Config(
 )
 
 
-def config_of(base, zero=1):
+def config_of(base, zero=1, name="adamw"):
     return dataclasses.replace(
         CONFIG,
         mesh=dataclasses.replace(CONFIG.mesh, zero=zero),
-        optimizer=OptimizerConfig(lora_rank=4, lora_base=base),
+        optimizer=OptimizerConfig(name=name, lora_rank=4, lora_base=base),
     )
 
 
-@pytest.mark.parametrize(("base", "zero"), [("float", 1), ("int8", 0), ("nf4", 3)])
-def test_base_adapters_and_moments_equal_the_state(base, zero):
-    config = config_of(base, zero)
+@pytest.mark.parametrize(
+    ("base", "zero", "name"),
+    [("float", 1, "adamw"), ("int8", 0, "adamw"), ("nf4", 3, "adamw"), ("float", 1, "lion")],
+)
+def test_base_adapters_and_moments_equal_the_state(base, zero, name):
+    config = config_of(base, zero, name)
     state = abstract_state(config, make_mesh(config.mesh, jax.devices()[:4]))
 
     def held(tree):

@@ -190,7 +190,7 @@ def test_collectives_and_products_of_a_layer_equal_the_step(mesh, policy):
     assert 4 <= outside <= 5
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion", "soap"])
 @pytest.mark.parametrize(
     ("mesh", "zero"), [((2, 2, 1, 2), 1), ((1, 4, 1, 2), 3), ((1, 2, 2, 2), 0)]
 )

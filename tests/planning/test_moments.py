@@ -81,6 +81,10 @@ def test_the_table_of_tensors_names_types_and_the_host():
             ["optimizer.lora_rank=8", "train.init=runs/other"],
             "factors of optimizer.lora_rank=8 have no blocks; set it to bfloat16",
         ),
+        (
+            ["optimizer.name=soap", "train.offload=both"],
+            "offload=both takes .* one parameter after the other, and optimizer.name=soap",
+        ),
         (["optimizer.moments_dtype=int4"], "moments_dtype='int4'; choose one of float32, bfloat16"),
         (["train.offload=weights"], "offload='weights'; choose one of none, moments"),
     ],

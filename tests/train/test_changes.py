@@ -51,7 +51,9 @@ def other(value):
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, str):
-        return {"float32": "bfloat16", "bfloat16": "float32"}.get(value, value + "/other")
+        pairs = {"float32": "bfloat16", "bfloat16": "float32", "cosine": "linear"}
+        pairs |= {"exponential": "linear"}
+        return pairs.get(value, value + "/other")
     return value * 2 + 0.25 if isinstance(value, float) else value + 1
 
 

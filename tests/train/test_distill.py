@@ -246,3 +246,25 @@ def stage(**settings):
 def test_invalid_settings_raise_an_error(config, message):
     with pytest.raises(ValueError, match=message):
         validate(config)
+
+
+def test_the_z_loss_of_a_student_adds_to_its_gradient():
+    x, head, *rest = states()
+    weights = rest[-1]
+
+    def gradients(share, z_coeff):
+        def loss_of(x, head):
+            return distilled_cross_entropy(
+                x, head, *rest, chunk=4, temperature=2.0, share=share, z_coeff=z_coeff
+            )
+
+        return jax.grad(loss_of, (0, 1))(x, head)
+
+    def of_z(x, head):
+        return 0.05 * jnp.dot(jnp.square(jax.nn.logsumexp(x @ head.T, -1)), weights)
+
+    for share in (0.0, 0.5):
+        both = zip(gradients(share, 0.05), gradients(share, 0.0), strict=True)
+        for (got, plain), want in zip(both, jax.grad(of_z, (0, 1))(x, head), strict=True):
+            np.testing.assert_allclose(got - plain, want, rtol=2e-4, atol=2e-4)
+            assert np.abs(want).max() > 0.1

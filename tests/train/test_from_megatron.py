@@ -45,7 +45,8 @@ def _config(data, steps):
         ),
         mesh=MeshConfig(data=8),
         data=data,
-        optimizer=OptimizerConfig(learning_rate=3e-3),
+        # A run of this curve may become longer.
+        optimizer=OptimizerConfig(learning_rate=3e-3, lr_decay_style="constant"),
         train=TrainConfig(
             steps=steps, global_batch_size=8, eval_every=0, save_every=0, compute_dtype="float32"
         ),

@@ -269,6 +269,7 @@ def test_no_gradient_of_a_whole_matrix_is_computed():
             r"lora_rank=33 is above the rank of matrix 'q', 32 x 32; set it to 32 or less",
         ),
         ({"name": "muon"}, "optimizer.name=muon is for whole matrices"),
+        ({"name": "soap"}, "optimizer.name=soap is for whole matrices"),
     ],
 )
 def test_invalid_settings_raise_an_error(settings, message):

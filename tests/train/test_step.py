@@ -125,6 +125,15 @@ def test_every_mesh_of_8_devices_equals_one_device(data, tensor, zero):
     assert_equal_numbers(loss_and_gradients(config_of(data, tensor, zero)), one_device())
 
 
+@pytest.mark.slow
+def test_the_z_loss_is_equal_over_a_split_vocabulary():
+    wanted = loss_and_gradients(config_of(data=1, tensor=1, z_loss_coeff=0.05))
+    assert_equal_numbers(loss_and_gradients(config_of(2, 4, z_loss_coeff=0.05)), wanted)
+    assert wanted[0] == one_device()[0]
+    largest = max(np.abs(a - b).max() for a, b in zip(wanted[1], one_device()[1], strict=True))
+    assert largest > 1e-3
+
+
 # --- pipeline and context
 
 # Without biases, which take a third longer to compile; OTHER, below, has them.

@@ -11,7 +11,7 @@ with command.flag_group("The run and its data"):
         "folder of a run or of a Hugging Face model, or a GGUF file",
         required=True,
     )
-    CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
+    CHECKPOINT = command.define_checkpoint()
     DATA = command.define_paths(
         "data",
         "a prepared folder that the model was trained on, or the prefix of Megatron's files; "

@@ -5,7 +5,7 @@ from absl import flags
 from mtnlg_jax import command
 
 with command.flag_group("Model"):
-    CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
+    CHECKPOINT = command.define_checkpoint()
     DTYPE = flags.DEFINE_enum(
         "dtype", "float32", ["float32", "bfloat16"], "type of the products and the cache"
     )

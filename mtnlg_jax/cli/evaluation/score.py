@@ -21,7 +21,7 @@ with command.flag_group("The run and the text"):
         "folder of a run or of a Hugging Face model, or a GGUF file",
         required=True,
     )
-    CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
+    CHECKPOINT = command.define_checkpoint()
     INPUT = command.define_path("input", None, "file or folder to score, - for standard input")
     TEXT_KEY = flags.DEFINE_string(
         "text_key",

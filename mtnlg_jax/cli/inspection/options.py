@@ -16,7 +16,7 @@ with command.flag_group("The model"):
         "folder of a run or of a Hugging Face model, or a GGUF file",
         required=True,
     )
-    CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
+    CHECKPOINT = command.define_checkpoint()
     MODE = flags.DEFINE_enum("mode", "lens", MODES, "what to look at")
     OUTPUT = command.define_path("output", None, "folder of the results; default: RUN/inspect")
 with command.flag_group("A text (lens, attention, loss)"):

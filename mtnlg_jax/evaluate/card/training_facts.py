@@ -27,6 +27,7 @@ _OPTIMIZER = {
     "name": "Optimizer",
     "learning_rate": "Peak learning rate",
     "min_learning_rate_ratio": "Lowest learning rate, as a share of the peak",
+    "lr_decay_style": "Curve of the learning rate",
     "warmup_fraction": "Share of the run with rising learning rate",
     "weight_decay": "Weight decay",
     "clip_grad_norm": "Largest norm of the gradient",

@@ -1,0 +1,44 @@
+"""Exponential moving averages of the weights (train.ema_decay), a part of the state's extras."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mtnlg_jax.config import Config
+from mtnlg_jax.train import lora
+
+KEY = "ema"  # of `state.TrainState.extras`, and of the folder of a checkpoint
+
+
+def wanted(config: Config) -> bool:
+    """Return whether a run of ``config`` averages its weights."""
+    return config.train.ema_decay > 0
+
+
+def new(config: Config, trained: nnx.State) -> Any:
+    """Return the averages before the first step: the weights themselves, float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+
+
+def updated(config: Config, state: Any, trained: nnx.State) -> dict[str, Any]:
+    """Return the extras of ``state`` (a `TrainState`) with the averages, if there are any, moved
+    toward the weights ``trained`` after the next step.
+
+    The decay is at most (1 + t) / (10 + t) at step t, as in TensorFlow's
+    ExponentialMovingAverage: otherwise random weights would stay in the average for long.
+    """
+    extras = state.extras
+    if KEY not in extras:
+        return extras
+    t = (state.step + 1).astype(jnp.float32)
+    decay = jnp.minimum(config.train.ema_decay, (1 + t) / (10 + t))
+    return extras | {
+        KEY: jax.tree.map(lambda old, x: old + (1 - decay) * (x - old), extras[KEY], trained)
+    }
+
+
+def parameters(config: Config, params: nnx.State, averages: Any) -> nnx.State:
+    """Return the model's parameters with ``averages`` in place of those that are trained."""
+    return lora.trainable(params, config)[1](averages)
