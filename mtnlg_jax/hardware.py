@@ -43,6 +43,9 @@ class Chip:
     kernels: float = 0.0
     staged: bool = False  # collectives over data run along one dim of the torus after another
     sparse: bool = False  # SparseCores run collectives beside products
+    # Bytes/s of the link to the host in one direction, for train.offload. Of GPUs: PCIe 5.0 with 16
+    # lanes. Of TPUs: assumed, four fifths of PCIe 3.0 with 16 lanes.
+    host: float = 64 * GB
 
 
 _BOOK = "JAX scaling book, TPU table"
@@ -58,6 +61,7 @@ CHIPS = {
         25 * GB,
         "NVIDIA data sheet; a node with 8 x HDR200, Narayanan 2021, section 5",
         "2021-04",
+        host=32 * GB,  # PCIe 4.0
     ),
     "H100": Chip(
         (),
@@ -103,6 +107,7 @@ CHIPS = {
         _BOOK,
         "2025-02",
         tpu=True,
+        host=12.5 * GB,
         clock=1.05e9,
         link=45 * GB,
     ),
@@ -117,6 +122,7 @@ CHIPS = {
         _BOOK,
         "2025-02",
         tpu=True,
+        host=12.5 * GB,
         clock=1.5e9,
         link=45 * GB,
         products=0.88,
@@ -134,6 +140,7 @@ CHIPS = {
         _CLOUD,
         "2026",
         tpu=True,
+        host=12.5 * GB,
         clock=1.75e9,
         link=90 * GB,
         products=0.85,
@@ -151,6 +158,7 @@ CHIPS = {
         _CLOUD,
         "2026",
         tpu=True,
+        host=12.5 * GB,
         clock=1.75e9,
         link=90 * GB,
         products=0.79,
@@ -171,6 +179,7 @@ CHIPS = {
         "2026",
         devices=2,
         tpu=True,
+        host=12.5 * GB,
     ),
 }
 

@@ -63,6 +63,9 @@ class OptimizerConfig:
     b2: ShareBelow1 = 0.95
     # Momentum of muon.
     muon_momentum: ShareBelow1 = 0.95
+    # Type in which moments of matrices and tables are held between steps; they are computed in
+    # float32. bfloat16 and int8 are rounded stochastically; docs/memory.md has the measured loss.
+    moments_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     # Steps from one turn of soap's bases to the next.
     precondition_frequency: Count = 10
     # Longest side of a matrix for which soap keeps a basis; longer ones are not turned.

@@ -16,6 +16,7 @@ from mtnlg_jax.config.checks import (
 )
 from mtnlg_jax.config.coerce import coerce
 from mtnlg_jax.config.decode_rules import validate_decode
+from mtnlg_jax.config.memory_rules import check_memory
 from mtnlg_jax.config.model import BIASES, ModelConfig
 from mtnlg_jax.config.privacy_rules import check_privacy
 from mtnlg_jax.config.schedule_rules import check_schedule
@@ -151,6 +152,7 @@ def validate(config: Config) -> None:
         keys = ("eval_tasks_every", "eval_tasks_rows", "eval_tasks_fewshot", "eval_tasks_data")
         refuse_changed(config.train, keys, why, "train.")
     check_privacy(config)
+    check_memory(config)
     data = 1 if config.mesh.data == -1 else config.mesh.data
     validate_batch(config, data * config.mesh.expert)
     # It counts the samples of the ramp, which is sound by now.

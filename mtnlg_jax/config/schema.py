@@ -149,6 +149,9 @@ class TrainConfig:
     # What the backward pass computes again to save memory; docs/parallelism.md compares the
     # choices. elementwise repeats no product.
     recompute: Literal["none", "elementwise", "mlp", "projections", "full"] = "elementwise"
+    # Parts that wait in the memory of the host (docs/memory.md): moments, between steps;
+    # activations, those that recompute keeps, from the forward to the backward pass.
+    offload: Literal["none", "moments", "activations", "both"] = "none"
     # Type in which gradients travel between devices. bfloat16 halves the traffic; on one device the
     # sum is always float32.
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import Offloadable, Recompute
 
 from mtnlg_jax.model.attention import attention
 from mtnlg_jax.parallel.collectives import sequence_positions
@@ -53,16 +54,38 @@ RECOMPUTE = {
 }
 
 
+LAYER_INPUT = "layer_input"  # where `policy_of` offloads it
+
+
+def policy_of(recompute: str, offload: bool) -> Callable:
+    """Return the policy of jax.checkpoint for a layer.
+
+    With ``offload`` everything that RECOMPUTE[recompute] keeps, and the layer's input, waits in the
+    memory of the host for the backward pass.
+    """
+    keeps = RECOMPUTE[recompute]
+    if not offload:
+        return keeps
+    is_input = _named(LAYER_INPUT)
+
+    def policy(primitive, *args, **params):
+        kept = keeps(primitive, *args, **params) or is_input(primitive, *args, **params)
+        return Offloadable("device", "pinned_host") if kept else Recompute
+
+    return policy
+
+
 class Hooks(NamedTuple):
     """Changes to the plain forward pass; the defaults change nothing.
 
-    Mixed precision and ZeRO-3 use ``prepare``, activation recomputation ``recompute``, context
-    parallelism ``attend``, dropout ``dropout_key`` and ``rows_B``, experts ``penalty_B`` and
-    ``counted_B``, and tensor parallelism ``overlap``.
+    Mixed precision and ZeRO-3 use ``prepare``, activation recomputation ``recompute`` and
+    ``offload``, context parallelism ``attend``, dropout ``dropout_key`` and ``rows_B``, experts
+    ``penalty_B`` and ``counted_B``, and tensor parallelism ``overlap``.
     """
 
     prepare: Callable = lambda layer: layer  # one layer's stored parameters -> compute weights
     recompute: str = "elementwise"  # a key of RECOMPUTE
+    offload: bool = False  # whether what is kept waits in the memory of the host
     attend: Callable = attention  # attention(), or its equivalent over a split sequence
     dropout_key: jax.Array | None = None  # None: no dropout
     rows_B: jax.Array | None = None  # number of each row in the global batch, for dropout

@@ -28,9 +28,11 @@ def join_params(params: Params) -> nnx.State:
 def name_of(path: tuple) -> str:
     """Return the dotted name of the leaf at ``path``, such as blocks.mlp.w_in_DF.
 
-    A variable of Flax NNX adds ".value" to the path of its array; names have none.
+    A variable of Flax NNX adds ".value" to the path of its array, or of the arrays in its place;
+    names have none.
     """
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    parts = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+    return ".".join(part for part in parts if part != "value")
 
 
 def names_of(tree: Any) -> dict[str, Any]:

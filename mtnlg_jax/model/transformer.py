@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.model import mup
 from mtnlg_jax.model.block import Block
 from mtnlg_jax.model.head import Head
-from mtnlg_jax.model.hooks import PLAIN, RECOMPUTE, Hooks, dropout
+from mtnlg_jax.model.hooks import LAYER_INPUT, PLAIN, Hooks, dropout, policy_of
 from mtnlg_jax.model.parts import (
     ACTIVATIONS,
     Norm,
@@ -200,6 +201,8 @@ class Transformer(nnx.Module):
             )
 
         def layer(spec, at, x_BSD, numbered):
+            if hooks.offload:
+                x_BSD = checkpoint_name(x_BSD, LAYER_INPUT)
             number, params = jax.tree.map(lambda a: a[at], numbered)
             block = nnx.merge(graph, hooks.prepare(params))
 
@@ -225,7 +228,7 @@ class Transformer(nnx.Module):
                 # barriers of prevent_cse are not needed there.
                 one = jax.checkpoint(
                     functools.partial(layer, spec, at),
-                    policy=RECOMPUTE[hooks.recompute],
+                    policy=policy_of(hooks.recompute, hooks.offload),
                     prevent_cse=not in_scan,
                 )
                 x_BSD = one(x_BSD, numbered)

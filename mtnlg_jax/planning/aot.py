@@ -64,6 +64,7 @@ class Measurement:
     not_predicted: str = "a step that does not compile has no schedule"  # why, if that was asked
     predicted: prediction.Prediction | None = None  # of a train step, if it was asked for
     saved: str = ""  # the file of the executables and what it has; "" if none was asked for
+    host: int = 0  # of the host's memory, for train.offload
 
     @property
     def fits(self) -> bool | None:
@@ -288,14 +289,7 @@ def _compile(
     result.compile_seconds = time.perf_counter() - start
     result.processor_seconds = _processor_seconds() - busy
     result.resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    sizes_of: Any = compiled.memory_analysis()
-    result.arguments = sizes_of.argument_size_in_bytes
-    result.temporaries = sizes_of.temp_size_in_bytes
-    result.code = sizes_of.generated_code_size_in_bytes
-    result.peak = sizes_of.peak_memory_in_bytes
-    if topology.platform == "cpu":  # its peak leaves the temporaries out
-        new = sizes_of.output_size_in_bytes - sizes_of.alias_size_in_bytes
-        result.peak = result.arguments + result.temporaries + new
+    _take_memory(result, compiled.memory_analysis(), topology.platform)
     written = compiled.as_text() or ""
     if text:
         with open(text, "w", encoding="utf-8") as file:
@@ -329,6 +323,26 @@ def _compile(
         except (ValueError, KeyError, RuntimeError, OSError) as error:
             result.not_predicted = " ".join(f"{type(error).__name__}: {error}".split())
         yield result
+
+
+def _take_memory(result: Measurement, sizes_of: Any, platform: str) -> None:
+    """Put the bytes of a compiled program's ``memory_analysis`` into ``result``."""
+    result.arguments = sizes_of.argument_size_in_bytes
+    result.temporaries = sizes_of.temp_size_in_bytes
+    result.code = sizes_of.generated_code_size_in_bytes
+    result.peak = sizes_of.peak_memory_in_bytes
+    result.host = (
+        sizes_of.host_argument_size_in_bytes
+        + sizes_of.host_output_size_in_bytes
+        - sizes_of.host_alias_size_in_bytes
+        + sizes_of.host_temp_size_in_bytes
+    )
+    if platform == "tpu" and result.host:
+        # Its peak is that of both memories together. What it allocates is the device's alone.
+        result.peak = sizes_of.total_allocation_bytes - result.code
+    if platform == "cpu":  # its peak leaves the temporaries out
+        new = sizes_of.output_size_in_bytes - sizes_of.alias_size_in_bytes
+        result.peak = result.arguments + result.temporaries + new
 
 
 def _predict(

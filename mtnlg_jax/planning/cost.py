@@ -24,16 +24,16 @@ import math
 from typing import NamedTuple
 
 from mtnlg_jax.config import Config
+from mtnlg_jax.config.memory_rules import offloads_activations
 from mtnlg_jax.hardware import Chip, flops_per_token, layer_flops
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import AXES, ROWS, plan_table
-from mtnlg_jax.planning import adapters, traffic
-from mtnlg_jax.planning.estimate import Estimate
+from mtnlg_jax.planning import activations, adapters, moments, traffic
+from mtnlg_jax.planning.estimate import Estimate, Stage
 from mtnlg_jax.planning.layout import POLICIES, Layout
 from mtnlg_jax.planning.tiles import padded_size
 from mtnlg_jax.planning.tpu_costs import MEMORY_SHARE as STREAMED
 from mtnlg_jax.train import lora
-from mtnlg_jax.train.optimizer import moment_arrays
 
 # Share of peak that products reach while a stage is busy, where that of the chip (Chip.products) is
 # not known: there it is the one constant of the model. It comes from MT-NLG on A100s: the paper's
@@ -54,33 +54,11 @@ LAYER_BYTES = 34
 SUM_BYTES = 14
 
 
-class _Stage(NamedTuple):
-    """Seconds of one micro-batch in one stage, forward and backward, by purpose."""
-
-    compute: float
-    recompute: float
-    elementwise: float  # operations outside products, where a schedule is known
-    tensor: float
-    context: float
-    expert: float
-    fetch: float  # of weights, by ZeRO-3
-    hidden: float  # traffic beside products, not in ``total``
-    head: float  # the head's products; the stages share them unless the schedule is 1f1b
-    head_tensor: float  # collectives over tensor of embedding and head
-    passed: float  # bytes that one stage hands to the next
-    again: float  # share of the forward FLOPs computed again
-
-    @property
-    def total(self) -> float:
-        return sum(self[:7])  # up to what is fetched
-
-
 class _Held(NamedTuple):
     """Numbers that a device holds."""
 
     blocks: int  # of the blocks' parameters
     rest: int  # of the other parameters
-    second: int  # of the optimizer's state beside first moments: Adam's second, SOAP's statistics
     experts: int  # of the weights of experts, which are among those of the blocks
 
 
@@ -103,7 +81,7 @@ class Job:
         model = config.model
         self.sequence = config.sequence_length
         self.batch = config.train.global_batch_size
-        self.item = 2 if config.train.compute_dtype == "bfloat16" else 4
+        self.item = activations.item_of(config)
         self.reduced = 2 if config.train.reduce_dtype == "bfloat16" else 4
         self.layer = layer_flops(model, self.sequence)
         self.forward = sum(self.layer.values())
@@ -114,9 +92,9 @@ class Job:
         self.head = 6 * model.vocabulary * model.hidden_size
         self.flops = flops_per_token(model, self.sequence)
         self.params = abstract_model(model)[1]
-        self.moments = moment_arrays(config.optimizer, self.params)
         self.state = functools.cache(self._state)
         self.adapters = functools.cache(self._adapters)
+        self.moments = functools.cache(self._moments)
         self.room = MEMORY_SHARE * chip.memory if chip else math.inf
 
     def held(self, layout: Layout, gathered: bool = False) -> _Held:
@@ -144,13 +122,23 @@ class Job:
                 rest += numbers
             if "E" in row.dims[:-1]:
                 experts += numbers
-        moments = plan_table(self.moments, of_axes, zero=int(zero))
-        second = sum(size(row.local) for row in moments) - blocks - rest
-        return _Held(blocks, rest, second, experts)
+        return _Held(blocks, rest, experts)
 
     def _adapters(self, sizes: tuple[int, ...], zero: int) -> adapters.Adapters:
         size = padded_size if self.chip and self.chip.tpu else math.prod
         return adapters.adapters_of(self.config, dict(zip(AXES, sizes, strict=True)), zero, size)
+
+    def _moments(self, sizes: tuple[int, ...], zero: int) -> moments.Moments:
+        size = padded_size if self.chip and self.chip.tpu else math.prod
+        on = dict(zip(AXES, sizes, strict=True))
+        return moments.moments_of(self.config, on, zero, size)
+
+    def host(self, layout: Layout) -> dict[str, float]:
+        """Bytes of the host's memory that a device takes, by content (train.offload)."""
+        held = {"moments": float(self.moments(layout.sizes, layout.zero).host)}
+        if offloads_activations(self.config):
+            held["activations"] = activations.kept(self.config, layout)
+        return held
 
     @property
     def _known_chip(self) -> Chip:
@@ -176,9 +164,8 @@ class Job:
         """Bytes of a device, by content. Raises ValueError if a tensor is not divisible."""
         pipe, data, context, tensor = layout.mesh
         model = self.config.model
-        policy = POLICIES[layout.recompute]
-        blocks, rest, second, _ = self.held(layout)
-        all_blocks, all_rest, *_ = self.held(layout, gathered=True)
+        blocks, rest, _ = self.held(layout)
+        all_blocks, all_rest, _ = self.held(layout, gathered=True)
         layers = model.num_layers // pipe
         used, taken, flush = self.micro_batches(layout)
         if layout.zero == 3:
@@ -196,7 +183,7 @@ class Job:
             elif flush < taken:
                 gradients += 4 * all_blocks
         tokens = layout.micro_batch_size * self.sequence / context
-        x = self.item * tokens * model.hidden_size / tensor  # a stage's input
+        x = activations.stage_input(self.config, layout)
         if pipe == 1:
             inputs = 2 * x
         elif layout.schedule == "1f1b":
@@ -204,19 +191,22 @@ class Job:
         else:
             held = CIRCULAR_COPIES * (layout.virtual_pipe * flush + pipe - 1)
             inputs = (held + 4 * flush / pipe) * x
-        kept = layers / layout.virtual_pipe * policy.kept / 2 * x
-        if model.moe.num_moe_experts:  # no policy keeps the products of experts
-            kept *= min(1, POLICIES["mlp"].kept / policy.kept)
-        layer = LAYER_BYTES / 2 * x + self._visit_bytes(layout, tokens)
+        kept = activations.kept(self.config, layout)
+        if offloads_activations(self.config):  # those of one layer go while those of the next come
+            kept *= min(1, 2 * pipe * layout.virtual_pipe / model.num_layers)
+        layer = LAYER_BYTES / 2 * x + activations.visits(self.config, layout)
         if tensor > 1:  # the sequence, gathered for products
             layer += 4 * x * tensor
         if context > 1 and traffic.context_mode(self.config, layout) == "gather":
             layer += 2 * self.item * tokens * context * model.kv_heads * model.head_width / tensor
         chunk = min(self.config.train.loss_chunk, tokens)
         head = model.vocabulary / tensor * (10 * chunk + 4 * model.hidden_size)
+        of_moments = self.moments(layout.sizes, layout.zero)
+        # Moments come from the host when what only the passes need is free again.
+        coming = max(0.0, of_moments.coming - (weights + inputs + kept + layer + head))
         parameters = {
             "masters": (8 if self.config.train.ema_decay else 4) * (blocks + rest),
-            "moments": 4 * (blocks + rest + second),
+            "moments": of_moments.device + coming,
             "weights": weights,
             "gradients": gradients,
         }
@@ -225,31 +215,22 @@ class Job:
             parameters = adapters.memory(
                 self.config, of_run, layers, all_blocks, all_rest, self.item, layout.zero
             )
+            parameters["moments"] = of_moments.device + coming
         return parameters | {
             "stage inputs": inputs,
             "layers": kept + layer,
             "logits": head,
         }
 
-    def _visit_bytes(self, layout: Layout, tokens: float) -> float:
-        """Bytes of a layer's visits to experts: input, output and what is between them. Where
-        experts are split there is room for all tokens that may come."""
-        model = self.config.model
-        moe = model.moe
-        if not moe.num_moe_experts:
-            return 0.0
-        most = min(moe.moe_router_topk, moe.num_moe_experts // layout.expert)
-        inner = (3 if model.gated else 2) * model.mlp_width / layout.tensor
-        width = 2 * model.hidden_size + inner
-        return self.item * tokens * layout.expert * most * width
-
     def seconds(self, layout: Layout) -> tuple[dict[str, float], float, float]:
         """Return the seconds of a step by purpose, the FLOPs of all devices with recomputation, and
         the seconds of traffic that products hide."""
         model = self.config.model
         pipe = layout.pipe
+        chip = self._known_chip
         used = self.micro_batches(layout)[0]
         blocks, rest, *_ = self.held(layout)
+        of_moments = self.moments(layout.sizes, layout.zero)
         stage = self._stage(layout)
         bubble, passing = self._pipeline(layout, stage)
         seconds = {
@@ -262,17 +243,26 @@ class Job:
             "pipe": passing,
             "bubble": bubble,
             "data": self._reduction(layout, stage),
-            "update": 28 * (blocks + rest) / self._known_chip.memory_speed,
+            "update": (12 * (blocks + rest) + 2 * sum(of_moments[:2])) / chip.memory_speed,
         }
+        # Moments cross the link to the host while nothing is computed; activations while products
+        # are, and take longer than these or not at all.
+        crossing = (
+            2 * activations.kept(self.config, layout) * used
+            if offloads_activations(self.config)
+            else 0.0
+        )
+        passes = seconds["compute"] + seconds["recompute"]
+        seconds["host"] = 2 * of_moments.host / chip.host + max(0, crossing / chip.host - passes)
         flops = self.flops + model.num_layers * stage.again * self.forward
         return seconds, self.batch * self.sequence * flops, used * stage.hidden
 
-    def _stage(self, layout: Layout) -> _Stage:
+    def _stage(self, layout: Layout) -> Stage:
         chip = self._known_chip
         pipe, _, context, tensor = layout.mesh
         model = self.config.model
         piped = pipe > 1
-        all_blocks, all_rest, _, experts = self.held(layout, gathered=True)
+        all_blocks, all_rest, experts = self.held(layout, gathered=True)
         layers = model.num_layers // pipe
         tokens = layout.micro_batch_size * self.sequence / context
         x = self.item * tokens * model.hidden_size / tensor
@@ -320,7 +310,7 @@ class Job:
         if layout.zero == 3:
             fetch, hidden = self._fetched(layout, all_blocks, experts, forward, compute + recompute)
             fetch += self._moved(layout, all_rest) * 2 * (self.item + self.reduced)
-        return _Stage(
+        return Stage(
             compute=compute,
             recompute=recompute,
             elementwise=self._elementwise(layout, layers * x, all_blocks),
@@ -381,7 +371,7 @@ class Job:
         seconds = (numbers - experts) * self.network.seconds(layout.sizes, others, rings)
         return seconds + experts * self.network.seconds(layout.sizes, ("data",), rings)
 
-    def _pipeline(self, layout: Layout, stage: _Stage) -> tuple[float, float]:
+    def _pipeline(self, layout: Layout, stage: Stage) -> tuple[float, float]:
         """Return the seconds of a step that a device waits for its pipeline, and that activations,
         gradients and parameters take between stages."""
         pipe = layout.pipe
@@ -412,12 +402,12 @@ class Job:
             passing += 8 * blocks * hop
         return bubble, passing
 
-    def _reduction(self, layout: Layout, stage: _Stage) -> float:
+    def _reduction(self, layout: Layout, stage: Stage) -> float:
         """Seconds of a step in which weights and gradients move between replicas of parameters."""
         pipe, _, context, _ = layout.mesh
         used = self.micro_batches(layout)[0]
         blocks, rest, *_ = self.held(layout)
-        all_blocks, all_rest, _, experts = self.held(layout, gathered=True)
+        all_blocks, all_rest, experts = self.held(layout, gathered=True)
         moved = self._moved(layout, all_blocks + all_rest, experts)
         if layout.zero == 3:
             seconds = used * stage.fetch
@@ -444,6 +434,7 @@ class Job:
             done_flops=done,
             hidden=hidden,
             chip=self._known_chip,
+            host=sum(self.host(layout).values()),
         )
 
     def fits(self, layout: Layout) -> bool:

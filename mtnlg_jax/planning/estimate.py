@@ -1,9 +1,30 @@
-"""The predicted step of a layout."""
+"""The predicted step of a layout, and the parts of its seconds."""
 
 from typing import NamedTuple
 
 from mtnlg_jax.hardware import Chip
 from mtnlg_jax.planning.layout import Layout
+
+
+class Stage(NamedTuple):
+    """Seconds of one micro-batch in one stage, forward and backward, by purpose."""
+
+    compute: float
+    recompute: float
+    elementwise: float  # operations outside products, where a schedule is known
+    tensor: float
+    context: float
+    expert: float
+    fetch: float  # of weights, by ZeRO-3
+    hidden: float  # traffic beside products, not in ``total``
+    head: float  # the head's products; the stages share them unless the schedule is 1f1b
+    head_tensor: float  # collectives over tensor of embedding and head
+    passed: float  # bytes that one stage hands to the next
+    again: float  # share of the forward FLOPs computed again
+
+    @property
+    def total(self) -> float:
+        return sum(self[:7])  # up to what is fetched
 
 
 class Estimate(NamedTuple):
@@ -17,6 +38,7 @@ class Estimate(NamedTuple):
     # over tensor. Not in ``seconds``.
     hidden: float
     chip: Chip
+    host: float = 0.0  # bytes of a device's host, for train.offload
 
     @property
     def step_seconds(self) -> float:
@@ -55,6 +77,7 @@ class Estimate(NamedTuple):
             "pipeline bubble": self.seconds["bubble"],
             "pipeline comm": self.seconds["pipe"],
             "data comm": self.seconds["data"],
+            "host link": self.seconds["host"],
             "memory speed": self.seconds["element-wise"] + self.seconds["update"],
         }
         worst = max(losses, key=losses.__getitem__)

@@ -16,7 +16,7 @@ from mtnlg_jax.hardware import Chip
 from mtnlg_jax.planning import hlo_cost
 from mtnlg_jax.planning.hlo import Instruction, Program, bytes_of
 from mtnlg_jax.planning.timeline import Transfer
-from mtnlg_jax.planning.tpu_costs import HOST, traffic
+from mtnlg_jax.planning.tpu_costs import traffic
 
 PRODUCT_SHARE = 0.7
 FLOAT32_SHARE = 1 / 16  # of the peak, for products of float32
@@ -64,7 +64,8 @@ class GpuCosts:
 
     def transfer(self, transfer: Transfer) -> float:
         if not transfer.axes:
-            speed = HOST if transfer.kind == "host copy" else MEMORY_SHARE * self.chip.memory_speed
+            copied = transfer.kind == "copy"
+            speed = MEMORY_SHARE * self.chip.memory_speed if copied else self.chip.host
             return transfer.given / speed
         near = self._near(transfer)
         inside = near == transfer.group

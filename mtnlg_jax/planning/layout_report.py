@@ -152,6 +152,8 @@ def _breakdown(job: Job, devices: int, mark: str, estimate: Estimate) -> str:
     notes = [shares]
     if estimate.hidden:
         notes.append(f"{estimate.hidden / seconds:.0%} more is traffic behind products")
+    if estimate.host:
+        notes.append(f"{estimate.host / 2**30:.1f} GiB of its host for each device")
     idle = devices - estimate.layout.devices
     if idle:
         notes.append(f"{idle:,} devices idle")

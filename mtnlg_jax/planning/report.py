@@ -32,6 +32,8 @@ def render(config: Config, m: Measurement) -> str:
             ),
             _row("padding", _padding(m)),
         ]
+        if m.host:
+            lines.append(_row("host", f"{size_of(m.host)} of the host's memory for each device"))
         lines += largest_tensors(m)
         lines += [
             _row("products", _products(m)),

@@ -98,6 +98,10 @@ def _candidates(config: Config, topology: Topology, devices: int, step: str):
             for zero in ((1, 3) if mesh.pipe == 1 else (1,))
             if mesh.zero < zero
         )
+        if train.offload == "none":
+            yield from (of(f"train.offload={part}") for part in ("moments", "both"))
+        if config.optimizer.moments_dtype == "float32":
+            yield of("optimizer.moments_dtype=bfloat16")
     if step == "train" and config.model.moe.num_moe_experts:
         yield from (of(f"mesh.expert={mesh.expert * n}", "mesh.data=-1") for n in (2, 4, 8))
     for factor in (2, 4, 8):

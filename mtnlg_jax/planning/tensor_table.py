@@ -23,7 +23,8 @@ def tensor_table(config: Config, devices: int | None = None) -> str:
     validate(config)
     rows = plan_table(lora.abstract_parameters(config), sizes, mesh.zero)
     layout = layout_of(config)
-    memory = Job(config, None).memory(layout)
+    job = Job(config, None)
+    memory = job.memory(layout)
 
     axes = described(sizes)
     cells = [
@@ -49,15 +50,25 @@ def tensor_table(config: Config, devices: int | None = None) -> str:
         f"{config.name}: {config.model.parameter_count():,} parameters on {axes} = "
         f"{replica * sizes['data']:,} devices, zero {mesh.zero}\n\n"
         f"{table}\n\n"
-        f"GiB a device in a step: {parts}; together {sum(memory.values()) / 2**30:.1f}\n"
-        f"{_trained(config)}, moments and gradients are float32, weights "
-        f"{config.train.compute_dtype}; recompute {config.train.recompute}, micro-batches of "
+        f"GiB a device in a step: {parts}; together {sum(memory.values()) / 2**30:.1f}"
+        f"{_on_host(job.host(layout))}\n"
+        f"{_in_float32(config)} are float32, weights {config.train.compute_dtype}; "
+        f"recompute {config.train.recompute}, micro-batches of "
         f"{layout.micro_batch_size}"
     )
 
 
-def _trained(config: Config) -> str:
-    return "adapters" if lora.used(config) else "masters"
+def _on_host(host: dict[str, float]) -> str:
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in host.items() if size)
+    return f"\nGiB of its host for each device: {parts}" if parts else ""
+
+
+def _in_float32(config: Config) -> str:
+    trained = "adapters" if lora.used(config) else "masters"
+    dtype = config.optimizer.moments_dtype
+    if dtype == "float32":
+        return f"{trained}, moments and gradients"
+    return f"moments are {dtype}, {trained} and gradients"
 
 
 def _types(config: Config) -> str:

@@ -30,7 +30,6 @@ MEMORY_SHARE = 0.85
 START = 1e-6  # seconds of an operation that moves few bytes
 # Share of the peak that a kernel reaches for which the compiler has no estimate.
 KERNEL_SHARE = 0.5
-HOST = 12.5e9  # bytes/s of a chip's share of its host's link
 
 # Operations that take time whether or not the compiler estimates it.
 _WORKS = ("sort", "fusion", "gather", "scatter", "call-start", "async-start")
@@ -82,7 +81,7 @@ class TpuCosts:
 
     def transfer(self, transfer: Transfer) -> float:
         if transfer.kind == "host copy":
-            return transfer.given / HOST
+            return transfer.given / self.chip.host
         if transfer.kind == "copy":
             return transfer.given / self._memory_speed
         return self.torus.seconds(transfer)

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from mtnlg_jax.config import Config
 from mtnlg_jax.model.params import names_of
 from mtnlg_jax.parallel.mesh import shardings_of
 from mtnlg_jax.storage import is_remote
-from mtnlg_jax.train import lora
+from mtnlg_jax.train import lora, moments_dtype
 
 # Orbax logs each phase of its work, and each failure with a stack trace. Failures are raised here
 # instead.
@@ -263,9 +263,13 @@ def read(path: epath.Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
         return reader.restore(path, args=wanted)
 
 
-def read_state(path: epath.Path, abstract_state: Any, saved: Collection[str]) -> Any:
+def read_state(path: epath.Path, abstract_state: Any, saved: Mapping[str, str]) -> Any:
     """Return the state below ``path``, in the structure, types and shardings of
-    ``abstract_state``. Arrays that are not among the names ``saved`` are 0."""
+    ``abstract_state``. Arrays that are not among those ``saved`` (`shapes`) are 0; moments may have
+    been saved in another type."""
+    wanted = shapes(flatten(abstract_state))
+    as_saved, convert = moments_dtype.conversion(abstract_state.opt_state, saved, wanted)
+    abstract_state = abstract_state._replace(opt_state=as_saved)
     flat = flatten(abstract_state)
     parts = split(flat)
     averages = {name.removeprefix(AVERAGE) for name in flat if is_average(name) and name in saved}
@@ -282,7 +286,9 @@ def read_state(path: epath.Path, abstract_state: Any, saved: Collection[str]) ->
     }
     arrays |= zeros({name: leaf for name, leaf in flat.items() if name not in arrays})
     # By name and not by position: the order of leaves on disk does not matter.
-    return jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in flat])
+    leaves = [arrays[name] for name in flat]
+    state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+    return state._replace(opt_state=convert(state.opt_state))
 
 
 def zeros(abstract: dict[str, Any]) -> dict[str, jax.Array]:

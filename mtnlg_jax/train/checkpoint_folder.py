@@ -20,7 +20,7 @@ from etils import epath
 from mtnlg_jax import storage
 from mtnlg_jax.errors import PassingError, is_passing
 from mtnlg_jax.storage import is_remote
-from mtnlg_jax.train import checkpoint_arrays, extras, manifest
+from mtnlg_jax.train import checkpoint_arrays, extras, manifest, moments_dtype
 
 FINITE = "finite"  # the marker file in a checkpoint's folder
 
@@ -208,7 +208,7 @@ class CheckpointFolder:
                     chosen = {
                         "step": step,
                         "meta": record["meta"],
-                        "arrays": sorted(record["arrays"]),
+                        "arrays": record["arrays"],
                         "proven": record["metric"] is not None or (path / FINITE).exists(),
                     }
                     return chosen, warnings
@@ -247,15 +247,16 @@ def _check_record(
     params_only = all(map(checkpoint_arrays.is_parameter, record["arrays"]))
     saved = record["meta"].get("identity", {})
     given = identity
+    # Moments may change their type.
+    arrays = moments_dtype.in_float32(arrays)
+    stored = moments_dtype.in_float32(record["arrays"])
     # Extras may be turned on and off: only those of both sides are compared.
-    both = record["arrays"].keys() & arrays.keys()
+    both = stored.keys() & arrays.keys()
     wanted = {
         name: shape for name, shape in arrays.items() if name in both or not extras.part_of(name)
     }
     found = {
-        name: shape
-        for name, shape in record["arrays"].items()
-        if name in both or not extras.part_of(name)
+        name: shape for name, shape in stored.items() if name in both or not extras.part_of(name)
     }
     if params_only:
         saved, given = _common(saved, identity), _common(identity, saved)
@@ -271,7 +272,7 @@ def _check_record(
         "arrays",
         found,
         # The identity has the size of the vocabulary; its padding depends on the mesh.
-        checkpoint_arrays.with_padding_of(wanted, record["arrays"]),
+        checkpoint_arrays.with_padding_of(wanted, stored),
         "set model and optimizer as they were, or give another --workdir",
     )
 

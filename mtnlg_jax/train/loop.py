@@ -16,7 +16,16 @@ from mtnlg_jax import compat
 from mtnlg_jax.config import Config, validate, validate_batch
 from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.parallel.mesh import make_mesh, row_shards
-from mtnlg_jax.train import changes, describe, init_from, lifetime, privacy, processes, replicas
+from mtnlg_jax.train import (
+    changes,
+    describe,
+    init_from,
+    lifetime,
+    offload,
+    privacy,
+    processes,
+    replicas,
+)
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.course import Course, open_checkpoints
 from mtnlg_jax.train.evaluate import Evaluator
@@ -129,6 +138,7 @@ def _resolved(config: Config) -> tuple[Config, Data, Mesh]:
             raise ValueError(f"{line}; give all processes the same file")
     config = resolve(config, data.tokenizer)
     mesh = make_mesh(config.mesh)
+    offload.check_backend(config, mesh)
     validate_batch(config, row_shards(mesh.shape))  # data=-1 is only known now
     replicas.check_mesh(config, mesh)
     return config, data, mesh

@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 
 from mtnlg_jax.config import Config
+from mtnlg_jax.config.memory_rules import offloads_activations
 from mtnlg_jax.model.context_attention import context_attention
 from mtnlg_jax.model.hooks import Hooks
 from mtnlg_jax.model.loss import (
@@ -220,6 +221,7 @@ class MicroBatches:
         return Hooks(
             prepare=self.weights.of_layer,
             recompute=self.config.train.recompute,
+            offload=offloads_activations(self.config),
             attend=functools.partial(context_attention, mode=self.config.mesh.context_mode),
             dropout_key=self.key,
             rows_B=rows_B,

@@ -13,9 +13,11 @@ import optax
 from jax.sharding import Mesh
 from optax import contrib
 
-from mtnlg_jax.config import ModelConfig, OptimizerConfig
+from mtnlg_jax.config import Config, ModelConfig, OptimizerConfig
+from mtnlg_jax.config.memory_rules import offloads_moments
 from mtnlg_jax.model import mup
 from mtnlg_jax.parallel.mesh import dims_of, parameter_name
+from mtnlg_jax.train import offload
 from mtnlg_jax.train.soap import scale_by_soap
 
 Path = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
@@ -34,13 +36,18 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(
-    config: OptimizerConfig, mesh: Mesh | None = None, model: ModelConfig | None = None
-) -> optax.GradientTransformation:
+    config: OptimizerConfig,
+    mesh: Mesh | None = None,
+    model: ModelConfig | None = None,
+    seed: int = 0,
+    on_host: bool = False,
+) -> optax.GradientTransformationExtraArgs:
     """Chain clipping by global norm, moments, clipping of the update, the factors of muP if
     ``model`` has it, and decoupled weight decay.
 
     The caller scales the updates by minus the learning rate. The devices of ``mesh`` share what
-    XLA would compute on each; without one the updates are the same.
+    XLA would compute on each; without one the updates are the same. ``seed`` and ``on_host`` are
+    those of `offload.hold`.
     """
     # Clipping comes first: moments then never see a gradient above the limit.
     clip = _clip(config.clip_grad_norm)
@@ -48,11 +55,18 @@ def make_optimizer(
     # the update is before it, so that decay goes on where an update is scaled down.
     clip_update = _clip(config.clip_update_norm)
     decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
-    moments = _moments(config, mesh)
+    moments = offload.hold(_moments(config, mesh), config.moments_dtype, seed, on_host)
     if model is None or model.mup_ratio == 1:
-        return optax.chain(clip, moments, clip_update, decay)
+        return optax.with_extra_args_support(optax.chain(clip, moments, clip_update, decay))
     # Its factors are behind what looks at the update as a whole.
-    return optax.chain(clip, moments, clip_update, _mup(config, model), decay)
+    factors = _mup(config, model)
+    return optax.with_extra_args_support(optax.chain(clip, moments, clip_update, factors, decay))
+
+
+def optimizer_of(config: Config, mesh: Mesh | None = None) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer of a run; ``mesh`` as in `make_optimizer`."""
+    on_host = offloads_moments(config)
+    return make_optimizer(config.optimizer, mesh, config.model, config.train.seed, on_host)
 
 
 def _clip(norm: float) -> optax.GradientTransformation:
@@ -91,13 +105,6 @@ def _mup(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransform
         return mup.scale_updates(updates, model, each)
 
     return optax.stateless(scaled)
-
-
-def moment_arrays(config: OptimizerConfig, params: Any) -> Any:
-    """Return the arrays of the optimizer's state for ``params``, as ShapeDtypeStructs by their
-    paths, without counters."""
-    state = jax.eval_shape(make_optimizer(config).init, params)
-    return jax.tree.map(lambda leaf: leaf if leaf.ndim else None, state)
 
 
 def _is_matrix(path: Path) -> bool:

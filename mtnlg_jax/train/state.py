@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from mtnlg_jax.config import Config
 from mtnlg_jax.model.transformer import init_parameters
 from mtnlg_jax.parallel.mesh import shardings_of
-from mtnlg_jax.train import extras, lora, quantized_base
+from mtnlg_jax.train import extras, lora, offload, quantized_base
 from mtnlg_jax.train.arrays import Held
-from mtnlg_jax.train.optimizer import make_optimizer
+from mtnlg_jax.train.optimizer import optimizer_of
 
 
 class TrainState(NamedTuple):
@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
     # float32 masters; with optimizer.lora_rank also the adapters, under "lora", and with lora_base
     # the matrices under "quantized"
     params: nnx.State
-    opt_state: Any  # moments of the trained parameters, float32
+    opt_state: Any  # moments of the trained parameters, in optimizer.moments_dtype
     step: jax.Array  # int32; steps done, the non-finite ones included
     samples: jax.Array  # int32; sequences read, the clock of the ramp and of the learning rate
     nonfinite_streak: jax.Array  # int32; non-finite steps in a row, up to the last step
@@ -64,7 +64,7 @@ def _rest(config: Config, params: nnx.State) -> TrainState:
     trained, _ = lora.trainable(params, config)
     # int32 counts 2.1 billion sequences; MT-NLG read 0.13 billion.
     zero = jnp.int32(0)
-    opt_state = make_optimizer(config.optimizer, model=config.model).init(trained)
+    opt_state = optimizer_of(config).init(trained)
     parts = extras.new(config, trained)
     return TrainState(nnx.State({}), opt_state, zero, zero, zero, zero, parts)
 
@@ -91,10 +91,12 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     params = lora.abstract_parameters(config)
     rest = jax.eval_shape(functools.partial(_rest, config), params)
     shapes = rest._replace(params=params)
+    shardings = shardings_of(shapes, mesh, config.mesh.zero)
+    placed = offload.shardings_of_state(config, shardings.opt_state)
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         shapes,
-        shardings_of(shapes, mesh, config.mesh.zero),
+        shardings._replace(opt_state=placed),
     )
 
 

@@ -4,6 +4,7 @@ The number of micro-batches in use is traced, so a batch ramp (`batch`) does not
 """
 
 import contextlib
+import functools
 import time
 from typing import Any
 
@@ -13,11 +14,11 @@ from jax.sharding import Mesh
 
 from mtnlg_jax import compat
 from mtnlg_jax.config import Config
-from mtnlg_jax.train import averages, expert_loads, lora, quantized_base
+from mtnlg_jax.train import averages, expert_loads, lora, offload, quantized_base
 from mtnlg_jax.train.distill import Distillation
 from mtnlg_jax.train.executables import KeptStep
 from mtnlg_jax.train.gradients import make_loss_and_gradients
-from mtnlg_jax.train.optimizer import make_optimizer
+from mtnlg_jax.train.optimizer import optimizer_of
 from mtnlg_jax.train.private_gradients import make_private_gradients
 from mtnlg_jax.train.processes import fingerprint
 from mtnlg_jax.train.schedule import learning_rate
@@ -48,7 +49,7 @@ def make_train_step(
       total_samples: sequences of the whole run, as in `learning_rate`.
       sparse: as in `cross_entropy`; the loss is the same.
     """
-    optimizer = make_optimizer(config.optimizer, mesh, config.model)
+    optimizer = optimizer_of(config, mesh)
     moe = config.model.moe
     # The layers of a quantized base are assembled where they are applied, so none can be counted.
     private = config.optimizer.private
@@ -81,24 +82,23 @@ def make_train_step(
         # warm-up does not have rate 0.
         samples = state.samples + sequences
         rate = learning_rate(config, samples, total_samples) * rate_scale
-        # Clipping acts inside the optimizer. The decoupled weight decay is part of the updates, so
-        # the rate scales it as well.
-        with jax.named_scope("optimizer"):  # planning.timeline finds it by this name
-            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-            params = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
-        if balancing:
-            params = expert_loads.balanced(params, loads[0], config)
-
         # Global arrays: the sums go over all shards. This is the norm before clipping, and with
         # differential privacy that of the noised mean.
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
         # A gradient may overflow although the loss is finite, so both are checked.
         finite = (private or jnp.isfinite(loss)) & jnp.isfinite(grad_norm)
 
+        # Clipping acts inside the optimizer. The decoupled weight decay is part of the updates, so
+        # the rate scales it as well.
+        with jax.named_scope("optimizer"):  # planning.timeline finds it by this name
+            updates, opt_state = optimizer.update(grads, state.opt_state, trained, finite=finite)
+            params = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
+        if balancing:
+            params = expert_loads.balanced(params, loads[0], config)
+
         # An elementwise selection, not a branch: the update is always computed, and a NaN in it is
         # not selected.
-        def select(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        select = functools.partial(offload.select, finite)
 
         # The counters always advance: the data of a non-finite step is not read again.
         new_state = TrainState(
