@@ -119,6 +119,7 @@ FREE = {
     "train.recompute",
     "train.loss_chunk",
     "train.log_every",
+    "train.stats_every",
     "train.eval_every",
     "train.eval_tasks",
     "train.eval_tasks_every",
