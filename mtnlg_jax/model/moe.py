@@ -206,8 +206,8 @@ class Moe(nnx.Module):
         tokens = (x_TD, experts_TX, weights_TX)
         if math.prod(map(auto_size, AXES)) > 1:
             return self._visit_over_mesh(*(x.reshape(batch, length, -1) for x in tokens))
-        tokens = tuple(gather(x, "expert", 0) for x in tokens)
-        y_TD = self._own_visits(self._matrices(), *tokens, watch)
+        gathered = [gather(x, "expert", 0) for x in tokens]
+        y_TD = self._own_visits(self._matrices(), *gathered, watch)
         # Rows of all devices along expert: the sum over tensor comes first and leaves less to send.
         y_BSD = scatter_sum(y_TD.reshape(-1, length, y_TD.shape[-1]), "tensor", 1)
         return scatter_sum(y_BSD, "expert", 0)

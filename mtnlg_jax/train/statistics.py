@@ -138,11 +138,11 @@ class Statistics:
         self._log.write(_plain(record))
 
     def _noise_figures(self, noise: dict, stage: str, sequences: int) -> dict[str, Any]:
-        parts = tuple(
+        first, second = (
             noise_scale.effective(float(each["weight"]), float(each["square"]))
             for each in noise["halves"]
         )
-        now = noise_scale.estimate(float(noise["dot"]), float(noise["difference"]), parts)
+        now = noise_scale.estimate(float(noise["dot"]), float(noise["difference"]), (first, second))
         # From the records and not from a state: a resume reads the same numbers. In another stage
         # the gradient is that of another loss or text.
         earlier = [
