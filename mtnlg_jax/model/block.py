@@ -17,12 +17,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from mtnlg_jax.config import LayerSpec, ModelConfig
+from mtnlg_jax.model.layer_watch import LayerWatch
 from mtnlg_jax.model.mlp import Mlp
 from mtnlg_jax.model.moe import Moe
 from mtnlg_jax.model.parts import HeadNorm, Norm, add_bias, constant, normal
 from mtnlg_jax.model.positions import alibi_slopes, layer_frequencies, rotate
 from mtnlg_jax.model.tensor_products import Factor, multiply_gathered, multiply_scattered
-from mtnlg_jax.model.watching import LayerWatch
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, gather, own_part
 
 PLAIN_LAYER = LayerSpec()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtnlg_jax.model.attention import attention
-from mtnlg_jax.model.watching import LayerWatch
+from mtnlg_jax.model.layer_watch import LayerWatch
 from mtnlg_jax.parallel.collectives import sequence_positions
 
 

@@ -10,9 +10,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.model.layer_watch import LayerWatch
 from mtnlg_jax.model.parts import activate, add_bias, apart, constant, normal
 from mtnlg_jax.model.tensor_products import Factor, multiply_each, multiply_scattered
-from mtnlg_jax.model.watching import LayerWatch
 
 
 class Mlp(nnx.Module):

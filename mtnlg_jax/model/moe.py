@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.model.grouped import grouped_product
+from mtnlg_jax.model.layer_watch import LayerWatch
 from mtnlg_jax.model.mlp import Mlp
 from mtnlg_jax.model.parts import activate, add_bias, constant, multiply, normal
-from mtnlg_jax.model.watching import LayerWatch
 from mtnlg_jax.parallel.auto import auto_size, axes_of
 from mtnlg_jax.parallel.collectives import (
     axis_index,

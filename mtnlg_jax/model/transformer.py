@@ -21,6 +21,7 @@ from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.model.block import Block
 from mtnlg_jax.model.head import Head
 from mtnlg_jax.model.hooks import PLAIN, RECOMPUTE, Hooks, dropout
+from mtnlg_jax.model.layer_watch import figures_of
 from mtnlg_jax.model.parts import (
     ACTIVATIONS,
     Norm,
@@ -31,7 +32,6 @@ from mtnlg_jax.model.parts import (
     normal,
 )
 from mtnlg_jax.model.prefix import PrefixEncoder
-from mtnlg_jax.model.watching import figures_of
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, gather, own_part, scatter_sum
 
 

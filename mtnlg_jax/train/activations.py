@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import Config, ModelConfig
+from mtnlg_jax.model.layer_watch import PEAK, LayerWatch, square_of
 from mtnlg_jax.model.params import split_params
-from mtnlg_jax.model.watching import PEAK, LayerWatch, square_of
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, max_over, sum_over, to_next, vary
 from mtnlg_jax.parallel.mesh import ROWS, specs_of
 from mtnlg_jax.parallel.pipeline import to_rounds
