@@ -4,7 +4,7 @@ It runs in a manual region over the whole mesh, as a step does, with the step's 
 attention. A pipeline takes one micro-batch at a time through its stages.
 """
 
-# Shapes: L layers, N query heads, F MLP width, E experts, S query positions, D width
+# Shapes: L layers, B rows, S query positions, D width, N query heads, F MLP width, E experts
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import Config, ModelConfig
 from mtnlg_jax.model.layer_watch import PEAK, LayerWatch, square_of
-from mtnlg_jax.model.params import split_params
+from mtnlg_jax.model.params import Params, split_params
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, max_over, sum_over, to_next, vary
 from mtnlg_jax.parallel.mesh import ROWS, specs_of
 from mtnlg_jax.parallel.pipeline import to_rounds
@@ -45,11 +45,13 @@ def make_activations(config: Config, mesh: Mesh, causal: bool) -> Callable:
     model = config.model
 
     def activations(params, batch, rows, key):
-        params, batch = vary((split_params(params), batch))
+        params, batch = vary((params, batch))
         if pipelined:
-            blocks = to_rounds(params.blocks, config.mesh.virtual_pipe)
-            params = params._replace(blocks=blocks)
-        rest, blocks = weights.at_start(params)
+            rest, blocks = split_params(params)
+            blocks = to_rounds(blocks, config.mesh.virtual_pipe)
+            rest, blocks = weights.at_start(Params(rest, blocks))
+        else:
+            rest, blocks = split_params(weights.at_start(params))
         key = jax.random.wrap_key_data(key)
         micro_batches = MicroBatches(config, causal, batch, 1.0, key)
 

@@ -17,17 +17,25 @@ from mtnlg_jax.config import (
     DataConfig,
     MeshConfig,
     ModelConfig,
+    MoEConfig,
     OptimizerConfig,
     TrainConfig,
     validate,
 )
 from mtnlg_jax.model.params import names_of
 from mtnlg_jax.model.transformer import abstract_model
-from mtnlg_jax.train import loop, statistics
+from mtnlg_jax.train import loop, lora, statistics
+from mtnlg_jax.train.batch import BATCH_KEYS
+from mtnlg_jax.train.distill import Distillation
 from mtnlg_jax.train.metrics import read_metrics
 from mtnlg_jax.train.noise_scale import Noise, effective, estimate, figures, smoothed
-from mtnlg_jax.train.state import init_state
-from mtnlg_jax.train.statistics import make_half_gradients, make_norms, put_rows
+from mtnlg_jax.train.state import abstract_state, init_state
+from mtnlg_jax.train.statistics import (
+    make_activation_figures,
+    make_half_gradients,
+    make_norms,
+    put_rows,
+)
 from mtnlg_jax.train.step import make_train_step
 
 TOTAL = 160  # sequences of a run
@@ -198,6 +206,46 @@ def test_every_mesh_equals_one_device(mesh, sequences):
 @functools.cache
 def one_device(layers, sequences):
     return norms(config_of(dataclasses.replace(SMALL, num_layers=layers)), sequences)
+
+
+ADAPTERS = {"lora_rank": 2, "lora_alpha": 4.0, "lora_targets": ("q", "in")}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "model", "taught"),
+    [
+        (ADAPTERS, {}, False),
+        (ADAPTERS | {"lora_base": "int8"}, {}, False),
+        (ADAPTERS | {"lora_base": "nf4"}, {"moe": MoEConfig(4, 2), "activation": "swiglu"}, False),
+        ({}, {"position_embedding_type": "learned", "mlm_head": True}, True),
+    ],
+    ids=["lora", "int8", "nf4 experts", "teacher"],
+)
+def test_all_that_trains_has_statistics(optimizer, model, taught):
+    # Traced and not compiled: the step's own tests compare the numbers of each.
+    config = config_of(
+        dataclasses.replace(SMALL, hidden_size=64, **model),
+        optimizer=OptimizerConfig(**optimizer),
+    )
+    mesh = mesh_of(config)
+    state = abstract_state(config, mesh)
+    batch = {name: jnp.zeros((1, 8, LENGTH), jnp.int32) for name in BATCH_KEYS}
+    batch |= {"weights": jnp.ones((1, 8, LENGTH)), "rows": jnp.zeros((1, 8), jnp.int32)}
+    teacher = (abstract_model(SMALL)[1],) if taught else ()
+    options = {"distillation": Distillation(SMALL, 2.0, 0.5)} if taught else {}
+    half = make_half_gradients(config, mesh, False, **options)
+    part = jax.eval_shape(half, state.params, state.step, batch, jnp.int32(1), *teacher)
+    run = make_norms(config, mesh, TOTAL)
+    own = jax.eval_shape(run, state, part, part, jnp.int32(16), 1.0)
+    trained, _ = lora.trainable(state.params, config)
+    shapes = {
+        name: x.shape[:1] * name.startswith("blocks") for name, x in names_of(trained).items()
+    }
+    for kind in ("weight", "grad", "update"):
+        assert {name: x.shape for name, x in own[kind].items()} == shapes
+    read = make_activation_figures(config, mesh, False)
+    found = jax.eval_shape(read, state.params, state.step, batch, jnp.int32(8))
+    assert found["dead_units"].shape == (2,)
 
 
 # --- runs
