@@ -108,7 +108,7 @@ class Statistics:
         del halves
         rows = min(SAMPLE_ROWS, sequences)
         most = min(SAMPLE_ROWS, config.train.global_batch_size)
-        batch, _ = put_rows(config, self._mesh, rows_of, 0, rows, most)
+        batch, _ = put_rows(config, self._mesh, rows_of, 0, rows, most, flushes=False)
         read = self._programs["activations", masked]
         activations: Any = read(state.params, state.step, batch, jnp.int32(rows))
         self._pending = (step, {"norms": norms, "activations": activations}, sequences)
@@ -122,34 +122,36 @@ class Statistics:
         _, found, sequences = self._pending
         self._pending = None
         train = self._config.train
-        stage = stage_at(train, step)[2].name
+        where = {
+            "stage": stage_at(train, step)[2].name,
+            "objective": "masked" if is_masked(train, step) else "causal",
+        }
         values = jax.device_get(found)
         noise = values["norms"].pop("noise")
         record = {
             "kind": KIND,
             "step": step + 1,
-            "stage": stage,
-            "objective": "masked" if is_masked(train, step) else "causal",
+            **where,
             "sequences": sequences,
             **_norm_figures(values["norms"]),
             **_activation_figures(values["activations"]),
-            **self._noise_figures(noise, stage, sequences),
+            **self._noise_figures(noise, where, sequences),
         }
         self._log.write(_plain(record))
 
-    def _noise_figures(self, noise: dict, stage: str, sequences: int) -> dict[str, Any]:
+    def _noise_figures(self, noise: dict, where: dict[str, str], sequences: int) -> dict[str, Any]:
         first, second = (
             noise_scale.effective(float(each["weight"]), float(each["square"]))
             for each in noise["halves"]
         )
         now = noise_scale.estimate(float(noise["dot"]), float(noise["difference"]), (first, second))
-        # From the records and not from a state: a resume reads the same numbers. In another stage
-        # the gradient is that of another loss or text.
+        # From the records and not from a state: a resume reads the same numbers. In another stage,
+        # or of another objective, the gradient is that of another loss.
         earlier = [
             Noise(record["noise_trace"], record["noise_square"])
             for record in self._log.records
-            if record["kind"] == KIND and record["stage"] == stage
-            if record["noise_trace"] is not None
+            if record["kind"] == KIND and record["noise_trace"] is not None
+            if all(record[name] == value for name, value in where.items())
         ]
         own = _plain({"noise_trace": now and now.trace, "noise_square": now and now.square})
         known = [*earlier, Noise(own["noise_trace"], own["noise_square"])] if now else earlier
@@ -164,13 +166,16 @@ def put_rows(
     begin: int,
     count: int,
     most: int,
+    flushes: bool = True,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Return (batch (M, B, S) of ``count`` rows of a step, micro-batches in use).
 
     ``rows_of`` is that of `inputs.rows_at`, ``begin`` the first row. There is room for ``most``
     rows; those that are not used have weight 0, and numbers of ``begin`` + ``count`` or more.
+    ``flushes``: as many micro-batches as a pipeline's schedule takes.
     """
-    shape = micro_batch_shape(config, mesh, most)
+    micro, size = micro_batch_shape(config, mesh, most)
+    shape = (micro if flushes else -(-most // size), size)
 
     def chosen(numbers: np.ndarray) -> dict[str, np.ndarray]:
         used = numbers < count
@@ -180,7 +185,7 @@ def put_rows(
         return made | {"rows": begin + numbers}
 
     batch = put_batch(chosen, (*shape, config.sequence_length), mesh, config.model)
-    return batch, jnp.int32(-(-count // shape[1]))
+    return batch, jnp.int32(-(-count // size))
 
 
 # --- the programs

@@ -102,7 +102,7 @@ def noise_of(own):
         (OptimizerConfig(learning_rate=1e-2, clip_grad_norm=0.1, weight_decay=0.1), 0.0),
         pytest.param(OptimizerConfig(name="muon"), 0.1, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=["adamw", "muon"],
 )
 def test_norms_are_those_of_the_next_step(optimizer, dropout):
     model = dataclasses.replace(DEEP, num_layers=1, dropout_rate=dropout)
