@@ -207,7 +207,7 @@ class Moe(nnx.Module):
         if math.prod(map(auto_size, AXES)) > 1:
             return self._visit_over_mesh(*(x.reshape(batch, length, -1) for x in tokens))
         gathered = [gather(x, "expert", 0) for x in tokens]
-        y_TD = self._own_visits(self._matrices(), *gathered, watch)
+        y_TD = self._own_visits(self._matrices(), *gathered, watch=watch)
         # Rows of all devices along expert: the sum over tensor comes first and leaves less to send.
         y_BSD = scatter_sum(y_TD.reshape(-1, length, y_TD.shape[-1]), "tensor", 1)
         return scatter_sum(y_BSD, "expert", 0)
@@ -263,6 +263,7 @@ class Moe(nnx.Module):
         x_TD: jax.Array,
         experts_TX: jax.Array,
         weights_TX: jax.Array,
+        *,
         watch: LayerWatch | None = None,
     ) -> jax.Array:
         """Return the weighted outputs of this device's experts for tokens (T, D)."""

@@ -264,8 +264,8 @@ class Transformer(nnx.Module):
         if whole:
             x_BSD, of_periods = lax.scan(lambda x, part: run(pattern, x, part), x_BSD, periods)
             # Layers of the pattern, each with all periods -> layers in order.
-            found.append(jax.tree.map(lambda *a: jnp.stack(a, 1), *of_periods))
-            found[0] = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), found[0])
+            by_period = jax.tree.map(lambda *a: jnp.stack(a, 1), *of_periods)
+            found.append(jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), by_period))
         rest = jax.tree.map(lambda a: a[whole:], numbered)
         x_BSD, last = run(pattern[: count - whole], x_BSD, rest, in_scan=False)
         found += [jax.tree.map(lambda a: a[None], figures) for figures in last]
