@@ -160,6 +160,7 @@ EXPERTS = dataclasses.replace(
     DEEP,
     num_layers=2,
     activation="swiglu",
+    add_bias=True,
     ffn_hidden_size=16,
     moe=MoEConfig(4, 1, moe_shared_expert_intermediate_size=16),
     init_method_std=0.3,
@@ -167,14 +168,17 @@ EXPERTS = dataclasses.replace(
 
 
 def spoiled_parameters(model):
-    """Where there are biases half of the units are dead, and few tokens activate the others. The
-    second layer sends all tokens to one expert."""
+    """Half of the units of ReLU are dead, and few tokens activate the others. The second layer
+    sends all tokens to one expert."""
     params = jax.tree.map(np.array, parameters(model))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)
-        if "b_in_F" in name:
+        if "b_in_F" in name and model.activation == "relu":
             leaf[:, ::2] = -100
             leaf[:, 1::2] = -4.5
+        # So that a visit to an expert of another device would be seen.
+        if "b_in_EF" in name or "b_gate_EF" in name:
+            leaf[:] = 1
         if "w_router" in name:
             leaf[1] = 0
     return params
@@ -271,3 +275,15 @@ def test_the_blocks_of_all_families_have_all_figures(switches):
         "attention_entropy_lowest": (2,),
         "dead_units": (2,),
     }
+
+
+@pytest.mark.slow
+def test_layers_of_a_longer_pattern_stay_in_order():
+    # Three layers: a whole period, which a scan runs, and a layer after it.
+    spec = LayerSpec(window=4)
+    model = dataclasses.replace(PLAIN, num_layers=3, layer_pattern=(spec,))
+    wanted = activations(config_of(model), parameters(model))
+    assert len(set(np.round(wanted["mlp_rms"], 3))) == 3
+    longer = dataclasses.replace(model, layer_pattern=(spec, spec))
+    for name, x in activations(config_of(longer), parameters(model)).items():
+        np.testing.assert_allclose(x, wanted[name], rtol=1e-5, err_msg=name)
