@@ -41,6 +41,11 @@ _RULES: Rules = (
         "optimizer.dp_unit={c.optimizer.dp_unit} protects one row; set optimizer.dp_unit=source",
     ),
     (
+        lambda c: c.train.stats_every > 0,
+        "train.stats_every={c.train.stats_every} writes norms, activations and noise of single "
+        "batches without noise, which breaks differential privacy; set it to 0",
+    ),
+    (
         lambda c: c.train.global_batch_size < c.optimizer.rows_of_unit,
         "train.global_batch_size={c.train.global_batch_size} is less than the "
         "optimizer.dp_source_rows={c.optimizer.dp_source_rows} of one source; raise it, or lower "

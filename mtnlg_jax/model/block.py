@@ -17,6 +17,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from mtnlg_jax.config import LayerSpec, ModelConfig
+from mtnlg_jax.model.layer_watch import LayerWatch
 from mtnlg_jax.model.mlp import Mlp
 from mtnlg_jax.model.moe import Moe
 from mtnlg_jax.model.parts import HeadNorm, Norm, add_bias, constant, normal
@@ -96,7 +97,13 @@ class Attention(nnx.Module):
         return lax.dynamic_slice_in_dim(x_BSKH, own, 1, 2)
 
     def attend(
-        self, attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array, spec: LayerSpec
+        self,
+        attend: Callable,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        spec: LayerSpec,
+        watch: LayerWatch | None = None,
     ) -> jax.Array:
         """Return ``attend(q, k, v, **options)``, (B, S, N, H), with this layer's options.
 
@@ -114,6 +121,8 @@ class Attention(nnx.Module):
         if config.position_embedding_type == "alibi":
             slopes_N = jnp.asarray(alibi_slopes(config.num_attention_heads))
             options["alibi_slopes"] = own_part(slopes_N, "tensor", 0)
+        if watch is not None:
+            watch.attention(q, k, None if self.b_sink_N is None else self.b_sink_N[...], options)
         if self.b_sink_N is None:
             return attend(q, k, v, **options)
         out, lse_BNS = attend(q, k, v, return_lse=True, **options)
@@ -154,17 +163,19 @@ class Block(nnx.Module):
         penalty_B: jax.Array | None = None,
         counted_B: jax.Array | None = None,
         overlap: bool = False,
+        watch: LayerWatch | None = None,
     ) -> jax.Array:
         """Return the block's output, (B, S, D).
 
         ``attend(q, k, v, **options)`` is the attention over the keys of this sequence, or of a
         cache. ``drop(x, half)`` is the dropout after half block 0 or 1. ``penalty_B`` and
-        ``counted_B`` are those of `Moe`. ``overlap`` is mesh.tp_comm_overlap.
+        ``counted_B`` are those of `Moe`. ``overlap`` is mesh.tp_comm_overlap. ``watch`` reads what
+        the half blocks do.
         """
 
         def attended(products):
             q, k, v = self.attention.project(products, positions_BS, spec)
-            o_BSNH = self.attention.attend(attend, q, k, v, spec)
+            o_BSNH = self.attention.attend(attend, q, k, v, spec, watch)
             return self.attention.output(o_BSNH, overlap)
 
         def attention(x_BSD):
@@ -172,13 +183,16 @@ class Block(nnx.Module):
 
         def mlp(x_BSD):
             if isinstance(self.mlp, Moe):
-                return self.mlp(gather(x_BSD, "tensor", 1), penalty_B, counted_B)
+                return self.mlp(gather(x_BSD, "tensor", 1), penalty_B, counted_B, watch)
             products = multiply_gathered(x_BSD, self.mlp.factors(), overlap)
-            return self.mlp.output(products, overlap)
+            return self.mlp.output(products, overlap, watch)
 
         def added(y_BSD, half):
             y_BSD = drop(y_BSD, half)
-            return y_BSD if self.multiplier == 1 else self.multiplier * y_BSD
+            y_BSD = y_BSD if self.multiplier == 1 else self.multiplier * y_BSD
+            if watch is not None:
+                watch.branch(half, y_BSD)
+            return y_BSD
 
         if self.parallel:
             first = checkpoint_name(self.norm_1(x_BSD), "norm")
@@ -188,7 +202,7 @@ class Block(nnx.Module):
                 factors = self.attention.factors()
                 products = multiply_gathered(first, factors + self.mlp.factors(), overlap)
                 y_BSD = attended(products[: len(factors)])
-                z_BSD = self.mlp.output(products[len(factors) :], overlap)
+                z_BSD = self.mlp.output(products[len(factors) :], overlap, watch)
                 return x_BSD + added(y_BSD, 0) + added(z_BSD, 1)
             return x_BSD + added(attention(first), 0) + added(mlp(second), 1)
         norm_1 = self.norm_1 if spec.first_norm else None

@@ -24,6 +24,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from mtnlg_jax.model.attention import attention, attention_gradients
+from mtnlg_jax.model.kernels.entropy import attention_entropy
 from mtnlg_jax.parallel.collectives import (
     axis_index,
     axis_size,
@@ -119,27 +120,39 @@ def _own_chunks():
 def _gathered(q, k, v, causal, segment_ids, impl, options):
     k = _whole(k)
     v = _whole(v)
+    halves = [
+        attention(part, k, v, causal=causal, impl=impl, **where, **options)
+        for part, where in _halves_of(q, segment_ids)
+    ]
+    if not options.get("return_lse"):
+        return jnp.concatenate(halves, 1)
+    outs, lses = zip(*halves, strict=True)
+    return jnp.concatenate(outs, 1), jnp.concatenate(lses, 2)
+
+
+def _halves_of(q, segment_ids):
+    """[(queries, segment_ids and q_offset of attention())] of this device's two chunks."""
     ids = _whole(segment_ids)
     half = q.shape[1] // 2
     halves = []
     for number, part in zip(_own_chunks(), (slice(0, half), slice(half, None)), strict=True):
         pair = None if ids is None else (segment_ids[:, part], ids)
-        halves.append(
-            attention(
-                q[:, part],
-                k,
-                v,
-                causal=causal,
-                segment_ids=pair,
-                q_offset=number * half,
-                impl=impl,
-                **options,
-            )
-        )
-    if not options.get("return_lse"):
-        return jnp.concatenate(halves, 1)
-    outs, lses = zip(*halves, strict=True)
-    return jnp.concatenate(outs, 1), jnp.concatenate(lses, 2)
+        halves.append((q[:, part], {"segment_ids": pair, "q_offset": number * half}))
+    return halves
+
+
+def context_attention_entropy(q, k, *, causal: bool = True, segment_ids=None, **options):
+    """attention_entropy() over the whole sequence, for q, k and segment_ids as in
+    `context_attention` -> float32 (B, N, S/c) of the device's own positions. Whatever the mode of
+    attention, every device gathers the keys and takes its own queries a block at a time."""
+    if axis_size("context") == 1:
+        return attention_entropy(q, k, causal=causal, segment_ids=segment_ids, **options)
+    k = _whole(k)
+    halves = [
+        attention_entropy(part, k, causal=causal, **where, **options)
+        for part, where in _halves_of(q, segment_ids)
+    ]
+    return jnp.concatenate(halves, 2)
 
 
 # --- ring: each hop attends only to pairs of chunks in which something is visible

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import Offloadable, Recompute
 
 from mtnlg_jax.model.attention import attention
+from mtnlg_jax.model.layer_watch import LayerWatch
 from mtnlg_jax.parallel.collectives import sequence_positions
 
 
@@ -80,7 +81,7 @@ class Hooks(NamedTuple):
 
     Mixed precision and ZeRO-3 use ``prepare``, activation recomputation ``recompute`` and
     ``offload``, context parallelism ``attend``, dropout ``dropout_key`` and ``rows_B``, experts
-    ``penalty_B`` and ``counted_B``, and tensor parallelism ``overlap``.
+    ``penalty_B`` and ``counted_B``, tensor parallelism ``overlap``, and statistics ``watch``.
     """
 
     prepare: Callable = lambda layer: layer  # one layer's stored parameters -> compute weights
@@ -92,6 +93,7 @@ class Hooks(NamedTuple):
     penalty_B: jax.Array | None = None  # weight of each row's router losses; None: no such losses
     counted_B: jax.Array | None = None  # 1 for rows whose tokens count as loads of experts, else 0
     overlap: bool = False  # mesh.tp_comm_overlap: multiply a chunk while another is sent
+    watch: Callable[..., LayerWatch] | None = None  # (causal, segment ids) -> reads one layer
 
 
 PLAIN = Hooks()

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.model.layer_watch import LayerWatch
 from mtnlg_jax.model.parts import activate, add_bias, apart, constant, normal
 from mtnlg_jax.model.tensor_products import Factor, multiply_each, multiply_scattered
 
@@ -37,17 +38,24 @@ class Mlp(nnx.Module):
         weights = [self.w_in_DF] if self.w_gate_DF is None else [self.w_in_DF, self.w_gate_DF]
         return [("BSD,DF->BSF", weight[...]) for weight in weights]
 
-    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+    def __call__(self, x_BSD: jax.Array, watch: LayerWatch | None = None) -> jax.Array:
         """Return the MLP of the whole sequence; in the manual region this device's part of S."""
-        return self.output(multiply_each(x_BSD, self.factors()))
+        return self.output(multiply_each(x_BSD, self.factors()), watch=watch)
 
-    def output(self, products: Sequence[jax.Array], overlap: bool = False) -> jax.Array:
+    def output(
+        self,
+        products: Sequence[jax.Array],
+        overlap: bool = False,
+        watch: LayerWatch | None = None,
+    ) -> jax.Array:
         """Return the same, given the ``products`` of the input with `factors`."""
         h_BSF = add_bias(products[0], self.b_in_F)
         g_BSF = None if self.w_gate_DF is None else add_bias(products[1], self.b_gate_F)
         h_BSF = activate(self.activation, h_BSF, g_BSF)
         if g_BSF is not None:
             h_BSF = apart(h_BSF)
+        if watch is not None:
+            watch.units(h_BSF)
         h_BSF = checkpoint_name(h_BSF, "activation")
         y_BSD = multiply_scattered("BSF,FD->BSD", h_BSF, self.w_out_FD[...], overlap)
         return add_bias(y_BSD, self.b_out_D)

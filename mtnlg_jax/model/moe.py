@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.model.grouped import grouped_product
+from mtnlg_jax.model.layer_watch import LayerWatch
 from mtnlg_jax.model.mlp import Mlp
 from mtnlg_jax.model.parts import activate, add_bias, constant, multiply, normal
 from mtnlg_jax.parallel.auto import auto_size, axes_of
@@ -158,11 +159,13 @@ class Moe(nnx.Module):
         x_BSD: jax.Array,
         penalty_B: jax.Array | None = None,
         counted_B: jax.Array | None = None,
+        watch: LayerWatch | None = None,
     ) -> jax.Array:
         """Return the experts' output, (B, S, D); in the manual region this device's part of S.
 
         ``penalty_B`` weights the router's losses of each row. Tokens of rows with ``counted_B`` 1
-        count as loads of their experts. None leaves either out.
+        count as loads of their experts. ``watch`` reads the units of all experts. None leaves each
+        of these out.
         """
         batch, length, width = x_BSD.shape
         x_TD = x_BSD.reshape(-1, width)
@@ -172,9 +175,9 @@ class Moe(nnx.Module):
             x_TD = with_penalty(x_TD, self.penalty(logits_TE, experts_TX, penalty_B))
         if counted_B is not None and self.b_balance_E is not None:
             x_TD = with_loads(x_TD, self.b_balance_E[...], self.loads(experts_TX, counted_B))
-        y_BSD = self._visit(x_TD, experts_TX, weights_TX, (batch, length))
+        y_BSD = self._visit(x_TD, experts_TX, weights_TX, (batch, length), watch)
         if self.shared is not None:
-            y_BSD = y_BSD + self._gated(self.shared(x_BSD), x_BSD)
+            y_BSD = y_BSD + self._gated(self.shared(x_BSD, watch), x_BSD)
         if self.b_out_ED is None:
             return y_BSD
         experts = self.config.num_moe_experts
@@ -185,7 +188,12 @@ class Moe(nnx.Module):
         return y_BSD + multiply("BSE,ED->BSD", shares_BSE.astype(y_BSD.dtype), bias_ED)
 
     def _visit(
-        self, x_TD: jax.Array, experts_TX: jax.Array, weights_TX: jax.Array, rows: tuple[int, int]
+        self,
+        x_TD: jax.Array,
+        experts_TX: jax.Array,
+        weights_TX: jax.Array,
+        rows: tuple[int, int],
+        watch: LayerWatch | None,
     ) -> jax.Array:
         """Return the weighted outputs of each token's experts, this device's part of (B, S, D).
 
@@ -198,7 +206,8 @@ class Moe(nnx.Module):
         tokens = (x_TD, experts_TX, weights_TX)
         if math.prod(map(auto_size, AXES)) > 1:
             return self._visit_over_mesh(*(x.reshape(batch, length, -1) for x in tokens))
-        y_TD = self._own_visits(self._matrices(), *(gather(x, "expert", 0) for x in tokens))
+        gathered = [gather(x, "expert", 0) for x in tokens]
+        y_TD = self._own_visits(self._matrices(), *gathered, watch=watch)
         # Rows of all devices along expert: the sum over tensor comes first and leaves less to send.
         y_BSD = scatter_sum(y_TD.reshape(-1, length, y_TD.shape[-1]), "tensor", 1)
         return scatter_sum(y_BSD, "expert", 0)
@@ -254,6 +263,8 @@ class Moe(nnx.Module):
         x_TD: jax.Array,
         experts_TX: jax.Array,
         weights_TX: jax.Array,
+        *,
+        watch: LayerWatch | None = None,
     ) -> jax.Array:
         """Return the weighted outputs of this device's experts for tokens (T, D)."""
         number, visits = experts_TX.shape
@@ -289,7 +300,13 @@ class Moe(nnx.Module):
 
         h_UF = product(x_UD, "w_in_EDF", "b_in_EF")
         gate_UF = product(x_UD, "w_gate_EDF", "b_gate_EF") if "w_gate_EDF" in matrices else None
-        y_UD = product(activate(self.activation, h_UF, gate_UF), "w_out_EFD")
+        h_UF = activate(self.activation, h_UF, gate_UF)
+        if watch is not None:
+            used_B = gather(watch.used_B, "expert", 0)
+            used_T = jnp.repeat(used_B, number // used_B.shape[0])
+            mine = own_U[order_U] < experts
+            watch.visits(h_UF, used_T[order_U // visits] & mine, experts_U, experts)
+        y_UD = product(h_UF, "w_out_EFD")
         y_UD = y_UD * weights_TX.reshape(-1)[order_U][:, None].astype(y_UD.dtype)
         if parts > 1:
             y_UD = jnp.where(mine_U[:, None], y_UD, 0)

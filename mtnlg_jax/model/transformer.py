@@ -23,6 +23,7 @@ from mtnlg_jax.model import mup
 from mtnlg_jax.model.block import Block
 from mtnlg_jax.model.head import Head
 from mtnlg_jax.model.hooks import LAYER_INPUT, PLAIN, Hooks, dropout, policy_of
+from mtnlg_jax.model.layer_watch import figures_of
 from mtnlg_jax.model.parts import (
     ACTIVATIONS,
     Norm,
@@ -184,6 +185,23 @@ class Transformer(nnx.Module):
         ``first`` is the number of the first one in the model: a multiple of the length of
         layer_pattern.
         """
+        return self.watch_layers(
+            layers, first, x_BSD, positions_BS, segment_ids_BS, causal=causal, hooks=hooks
+        )[0]
+
+    def watch_layers(
+        self,
+        layers: nnx.State,
+        first: int | jax.Array,
+        x_BSD: jax.Array,
+        positions_BS: jax.Array,
+        segment_ids_BS: jax.Array | None = None,
+        *,
+        causal: bool = True,
+        hooks: Hooks = PLAIN,
+    ) -> tuple[jax.Array, Any]:
+        """Do the same as `run_layers`, and return also the figures that ``hooks.watch`` reads,
+        each with a leading L; () where it reads nothing."""
         graph = nnx.graphdef(self.blocks)
         count = jax.tree.leaves(layers)[0].shape[0]
         numbered = (first + jnp.arange(count), layers)
@@ -210,7 +228,8 @@ class Transformer(nnx.Module):
                 # Mask 0 is that of the embedding; every half block has its own.
                 return self._drop(x_BSD, 1 + 2 * number + half, hooks)
 
-            return block(
+            watch = None if hooks.watch is None else hooks.watch(causal, segment_ids_BS)
+            x_BSD = block(
                 x_BSD,
                 positions_BS,
                 attend,
@@ -219,10 +238,16 @@ class Transformer(nnx.Module):
                 hooks.penalty_B,
                 hooks.counted_B,
                 hooks.overlap,
+                watch,
             )
+            if watch is not None:
+                watch.output(x_BSD)
+            return x_BSD, figures_of(watch)
 
         def run(specs, x_BSD, numbered, in_scan=True):
-            """Apply one layer for each of ``specs``, and save what the policy names of each."""
+            """Apply one layer for each of ``specs``, and save what the policy names of each. Return
+            also the figures of each."""
+            found = []
             for at, spec in enumerate(specs):
                 # XLA cannot merge the body of a scan with that of its backward pass, so the
                 # barriers of prevent_cse are not needed there.
@@ -231,17 +256,24 @@ class Transformer(nnx.Module):
                     policy=policy_of(hooks.recompute, hooks.offload),
                     prevent_cse=not in_scan,
                 )
-                x_BSD = one(x_BSD, numbered)
-            return x_BSD
+                x_BSD, figures = one(x_BSD, numbered)
+                found.append(figures)
+            return x_BSD, found
 
         # The scan runs whole periods of the pattern; the remaining layers are unrolled.
         period = len(pattern)
         whole = count // period * period
         periods = jax.tree.map(lambda a: a[:whole].reshape(-1, period, *a.shape[1:]), numbered)
+        found: list = []
         if whole:
-            x_BSD = lax.scan(lambda x, part: (run(pattern, x, part), None), x_BSD, periods)[0]
+            x_BSD, of_periods = lax.scan(lambda x, part: run(pattern, x, part), x_BSD, periods)
+            # Layers of the pattern, each with all periods -> layers in order.
+            by_period = jax.tree.map(lambda *a: jnp.stack(a, 1), *of_periods)
+            found.append(jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), by_period))
         rest = jax.tree.map(lambda a: a[whole:], numbered)
-        return run(pattern[: count - whole], x_BSD, rest, in_scan=False)
+        x_BSD, last = run(pattern[: count - whole], x_BSD, rest, in_scan=False)
+        found += [jax.tree.map(lambda a: a[None], figures) for figures in last]
+        return x_BSD, jax.tree.map(lambda *a: jnp.concatenate(a), *found)
 
     def finish(self, x_BSD: jax.Array) -> jax.Array:
         """Apply the final norm to the last layer's output and gather S for the head."""

@@ -29,16 +29,18 @@ def batch_keys(model: ModelConfig) -> tuple[str, ...]:
     return (*BATCH_KEYS, "prefix") if model.prefix.positions else BATCH_KEYS
 
 
-def micro_batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
-    """Return (M, B) of the largest batch.
+def micro_batch_shape(config: Config, mesh: Mesh, most: int | None = None) -> tuple[int, int]:
+    """Return (M, B) of the largest batch, or of ``most`` of its rows.
 
     A circular pipeline takes micro-batches by the flush, so some may have to stay empty.
     """
     size = row_shards(mesh.shape)
     train = config.train
     rows = (train.micro_batch_size or train.global_batch_size // size) * size
-    # `validate_batch` has checked that this divides.
-    micro_batches = train.global_batch_size // rows
+    if most is not None:  # no rows of weight 0 beside few
+        rows = min(rows, -(-most // size) * size)
+    # `validate_batch` has checked that this divides the whole batch.
+    micro_batches = -(-(most or train.global_batch_size) // rows)
     unit = 1
     if mesh.shape["pipe"] > 1 and config.mesh.schedule == "circular":
         unit = config.mesh.flush or mesh.shape["pipe"]

@@ -142,6 +142,7 @@ FREE = {
     "train.offload",
     "train.loss_chunk",
     "train.log_every",
+    "train.stats_every",
     "train.eval_every",
     "train.eval_tasks",
     "train.eval_tasks_every",

@@ -37,6 +37,7 @@ metrics.jsonl     a line for each step (kind train), each evaluation (kind eval)
                   of tasks (kind tasks) and each comparison of replicas (kind replicas); loss in
                   nats per token
 loss.png          the curves;  tensorboard/ the same for TensorBoard (pip install tensorboard)
+stats.png         statistics by layer, of runs with train.stats_every
 why/, inspect/    results of launch/why.py and launch/inspect.py
 stacks-N.txt      stacks of process N when it no longer made progress; .lock-N: the process that
                   writes here

@@ -37,6 +37,7 @@ from mtnlg_jax.train.replicas import ReplicaCheck
 from mtnlg_jax.train.reporter import Meter, Reporter, Summary, show
 from mtnlg_jax.train.schedule import is_masked, samples_at_end, stage_at
 from mtnlg_jax.train.state import TrainState, abstract_state, init_state, renew
+from mtnlg_jax.train.statistics import Statistics
 from mtnlg_jax.train.step import CompiledStep, make_train_step
 from mtnlg_jax.train.task_scores import KIND, Tasks, TaskScores, check_given
 from mtnlg_jax.train.watchdog import Watchdog
@@ -92,6 +93,10 @@ def train(
         log = resources.enter_context(closing(MetricsLog(workdir, first, processes.is_first())))
         bar = resources.enter_context(_progress_bar(config, first, show_progress))
         steps = _compiled_steps(config, mesh, data, teachers, total_samples, watchdog, executables)
+        meter = Meter(config, data.has_answers)
+        statistics = Statistics(
+            config, mesh, data, teachers, total_samples, watchdog, log, meter.restart
+        )
         course = Course(
             config,
             workdir,
@@ -99,14 +104,14 @@ def train(
             data,
             ledger,
             checkpoints,
-            Reporter(config, log, bar, Meter(config, data.has_answers), checkpoints, ledger),
+            Reporter(config, log, bar, meter, checkpoints, ledger, statistics),
             Evaluator(config, mesh, data),
             TaskScores(config, score, log, watchdog),
             watchdog,
             stop,
             enough,
             show_progress,
-            lambda: [steps[key].fingerprint for key in sorted(steps)],
+            lambda: [steps[key].fingerprint for key in sorted(steps)] + statistics.fingerprints,
         )
         compare_replicas = ReplicaCheck(course, mesh)
         course.begin(first, state)
@@ -118,6 +123,8 @@ def train(
             kind, teacher = init_from.teacher_of(teachers, number)
             run_step = steps[kind, is_masked(config.train, step)]
             scale = np.float32(stage.learning_rate_scale)  # as compile_ahead.py gives it
+            # Before the step, which takes the state.
+            statistics.before_step(course.state, step, course.samples, kind, scale, teacher)
             state, metrics = run_step(
                 course.state, batch, micro_batches, sequences, scale, *teacher
             )

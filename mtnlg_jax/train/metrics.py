@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from mtnlg_jax.errors import is_passing
 from mtnlg_jax.hardware import dense_flops
 from mtnlg_jax.train import plots
+from mtnlg_jax.train.statistics_plot import plot_statistics
 
 
 def peak_flops(device_flops: float | None = None) -> float | None:
@@ -132,12 +133,13 @@ class MetricsLog:
         self._board = self._new_board(purge_step=step + 1)
 
     def write(self, record: dict) -> None:
-        """Append ``record``, with its "time"; it has "step" and "kind" (train | eval | tasks |
+        """Append ``record``, with its "time"; it has "step" and "kind" (train, eval, tasks, stats,
         replicas).
 
         The time is in seconds since 1970 (UTC); with the dates of starts.jsonl it tells how long
-        the run took. The other numbers go to TensorBoard under kind/name. A number that is not
-        finite is null in the file, because JSON cannot express it.
+        the run took. The other numbers go to TensorBoard under kind/name, those of statistics by
+        layer under stats/name/layer. A number that is not finite is null in the file, because JSON
+        cannot express it.
         """
         record = record | {"time": round(time.time(), 3)}
         self.records.append(record)
@@ -153,9 +155,7 @@ class MetricsLog:
         # While the disk is full these points are lost: nothing queues them.
         if self._behind:
             return
-        for name, value in record.items():
-            if name in ("step", "time"):
-                continue
+        for name, value in _numbers(record):
             if isinstance(value, int | float) and math.isfinite(value):
                 self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
@@ -176,10 +176,14 @@ class MetricsLog:
                 self._board.close()
 
     def plot(self) -> None:
-        """Draw loss.png beside the records."""
+        """Draw loss.png beside the records, and stats.png where there are statistics."""
         if self.writing:
+            folder = os.path.dirname(self.path)
             with self._outlasting():
-                plot_loss(self.records, os.path.join(os.path.dirname(self.path), "loss.png"))
+                plot_loss(self.records, os.path.join(folder, "loss.png"))
+                stats = [record for record in self.records if record["kind"] == "stats"]
+                if stats:
+                    plot_statistics(stats, os.path.join(folder, "stats.png"))
 
     def _write(self) -> None:
         while self._unwritten:
@@ -219,6 +223,15 @@ class MetricsLog:
             which,
             os.path.basename(self.path),
         )
+
+
+def _numbers(record: dict) -> Iterator[tuple[str, Any]]:
+    """Yield (name, value) for TensorBoard."""
+    for name, value in record.items():
+        if record["kind"] == "stats" and isinstance(value, list):
+            yield from ((f"{name}/{layer}", each) for layer, each in enumerate(value))
+        elif name not in ("step", "time"):
+            yield name, value
 
 
 def _line(record: dict) -> str:

@@ -3,6 +3,8 @@
 # Shapes: G micro-batches, B rows (in x_BD: all tokens), S query positions, D width
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,19 +104,35 @@ class MicroBatches:
         x_BSD: jax.Array,
     ) -> jax.Array:
         """Apply ``layers``, the model's from number ``first`` on, to the input ``x_BSD``."""
+        return self.watch_layers(rest, layers, first, number, x_BSD)[0]
+
+    def watch_layers(
+        self,
+        rest: nnx.State,
+        layers: nnx.State,
+        first: int | jax.Array,
+        number: int | jax.Array,
+        x_BSD: jax.Array,
+        watch_rows: Callable[[jax.Array], Callable] | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Do the same as `layers`, and return also the figures of ``watch_rows``(row numbers), a
+        `Hooks.watch`."""
         micro = self._select(number)
-        return self._model(rest).run_layers(
+        hooks = self._hooks(
+            micro["rows"],
+            self._penalty(number, micro["weights"]),
+            self._counted(number, micro["weights"]),
+        )
+        if watch_rows is not None:
+            hooks = hooks._replace(watch=watch_rows(micro["rows"]))
+        return self._model(rest).watch_layers(
             layers,
             first,
             x_BSD,
             micro["positions"],
             micro["segment_ids"],
             causal=self.causal,
-            hooks=self._hooks(
-                micro["rows"],
-                self._penalty(number, micro["weights"]),
-                self._counted(number, micro["weights"]),
-            ),
+            hooks=hooks,
         )
 
     def loss(self, rest: nnx.State, number: int | jax.Array, x_BSD: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ from mtnlg_jax.train.metrics import MetricsLog, peak_flops
 from mtnlg_jax.train.plots import OBJECTIVES, losses_of_sources, scores_of_tasks
 from mtnlg_jax.train.privacy import Ledger
 from mtnlg_jax.train.schedule import is_masked, loss_name, stage_at
+from mtnlg_jax.train.statistics import Statistics
 
 FIGURES = ("causal_loss", "perplexity", "bits_per_byte", "masked_loss")  # of an evaluation
 
@@ -175,6 +176,7 @@ class Reporter:
         meter: Meter,
         checkpoints: Checkpoints,
         ledger: Ledger | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
         self.config = config
         self.log = log
@@ -182,6 +184,7 @@ class Reporter:
         self.meter = meter
         self.checkpoints = checkpoints
         self.ledger = ledger
+        self.statistics = statistics
         # (step, its metrics on the device, sequences)
         self.pending: tuple[int, dict[str, jax.Array], int] | None = None
         self.nonfinite_streak = 0  # up to the last step reported
@@ -226,6 +229,8 @@ class Reporter:
                     **meter.mfu_entry,
                 }
             )
+        if self.statistics is not None:
+            self.statistics.report(step)
         self.bar.update()
         show(
             self.bar,

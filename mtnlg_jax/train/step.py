@@ -6,6 +6,7 @@ The number of micro-batches in use is traced, so a batch ramp (`batch`) does not
 import contextlib
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,7 +50,7 @@ def make_train_step(
       total_samples: sequences of the whole run, as in `learning_rate`.
       sparse: as in `cross_entropy`; the loss is the same.
     """
-    optimizer = optimizer_of(config, mesh)
+    update = make_update(config, mesh, total_samples)
     moe = config.model.moe
     # The layers of a quantized base are assembled where they are applied, so none can be counted.
     private = config.optimizer.private
@@ -65,8 +66,7 @@ def make_train_step(
     shardings = state_shardings(config, mesh)
 
     def train_step(state: TrainState, batch, micro_batches, sequences, rate_scale, *last):
-        # Dropout depends only on the seed and the step, so a resumed run repeats it.
-        key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), state.step))
+        key = dropout_key(config, state.step)
         # With LoRA the optimizer sees only the factors A and B. Without it both are the parameters.
         model = lora.computed(state.params, config)
         trained, to_params = lora.trainable(state.params, config)
@@ -78,20 +78,19 @@ def make_train_step(
         else:
             loss, grads, *loads = loss_and_gradients(model, batch, micro_batches, key, *last)
 
-        # The schedule follows the samples at the end of the step, so that the first step of a
-        # warm-up does not have rate 0.
-        samples = state.samples + sequences
-        rate = learning_rate(config, samples, total_samples) * rate_scale
         # Global arrays: the sums go over all shards. This is the norm before clipping, and with
         # differential privacy that of the noised mean.
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
         # A gradient may overflow although the loss is finite, so both are checked.
         finite = (private or jnp.isfinite(loss)) & jnp.isfinite(grad_norm)
 
-        # Clipping acts inside the optimizer. The decoupled weight decay is part of the updates, so
-        # the rate scales it as well.
+        # The schedule follows the samples at the end of the step, so that the first step of a
+        # warm-up does not have rate 0.
+        samples = state.samples + sequences
+        rate, updates, opt_state = update(
+            grads, state.opt_state, trained, samples, rate_scale, finite
+        )
         with jax.named_scope("optimizer"):  # planning.timeline finds it by this name
-            updates, opt_state = optimizer.update(grads, state.opt_state, trained, finite=finite)
             params = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
         if balancing:
             params = expert_loads.balanced(params, loads[0], config)
@@ -125,6 +124,31 @@ def make_train_step(
     # The new state takes the memory of the old one. Its shardings are fixed, so that the output of
     # a step is a valid input of the next without a new compilation.
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_update(config: Config, mesh: Mesh, total_samples: int | None) -> Callable:
+    """Return (gradients, optimizer state, trained parameters, samples, rate_scale, finite) ->
+    (rate, updates, new optimizer state) of a step that ends after ``samples``.
+
+    The step subtracts rate x update. Where the gradients are not ``finite`` (bool), all of it is
+    dropped.
+    """
+    optimizer = optimizer_of(config, mesh)
+
+    def update(grads, opt_state, trained, samples, rate_scale, finite):
+        rate = learning_rate(config, samples, total_samples) * rate_scale
+        # Clipping acts inside the optimizer. The decoupled weight decay is part of the updates, so
+        # the rate scales it as well.
+        with jax.named_scope("optimizer"):
+            return rate, *optimizer.update(grads, opt_state, trained, finite=finite)
+
+    return update
+
+
+def dropout_key(config: Config, step: jax.Array) -> jax.Array:
+    """Return the key data of the masks of a step after ``step`` others."""
+    # It depends only on the seed and the step, so a resumed run repeats it.
+    return jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), step))
 
 
 class CompiledStep:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtnlg_jax.data.prepare import prepare
-from mtnlg_jax.train import evaluate, loop
+from mtnlg_jax.train import evaluate, loop, statistics
 
 # The folder of the tests is not in the import path, but test_step.py is there.
 sys.path.append(str(Path(__file__).parent))
@@ -51,13 +51,13 @@ class Kept:
 @pytest.fixture(scope="module")
 def compiled_once():
     """Give runs of the same config the same compiled programs."""
-    make_step = loop.make_train_step
 
-    @functools.cache
-    def kept(*args, **options):
-        return Kept(make_step(*args, **options))
+    def kept(make):
+        return functools.cache(lambda *args, **options: Kept(make(*args, **options)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_train_step", kept)
+        patch.setattr(loop, "make_train_step", kept(loop.make_train_step))
+        for name in ("make_half_gradients", "make_norms", "make_activation_figures"):
+            patch.setattr(statistics, name, kept(getattr(statistics, name)))
         patch.setattr(evaluate, "make_eval", functools.cache(evaluate.make_eval))
         yield

@@ -218,7 +218,7 @@ def _pad(x, block: int, axis: int = 1, value: float = 0):
     return jnp.pad(x, widths, constant_values=value)
 
 
-class _Loop:
+class Loop:
     """The state that both passes share: operands padded to whole blocks with heads first, and the
     scores of any block."""
 
@@ -291,7 +291,7 @@ def forward(
     blocks: Blocks,
 ):
     """(out (B, S, N, H), lse float32 (B, N, S))."""
-    loop = _Loop(q, k, v, mask, scale, softcap, alibi_slopes, blocks)
+    loop = Loop(q, k, v, mask, scale, softcap, alibi_slopes, blocks)
     rows, queries, heads, width = q.shape
 
     def one_query_block(_, of_block):
@@ -350,7 +350,7 @@ def backward(
     blocks: Blocks,
 ):
     """Gradients (dq, dk, dv) for the cotangents ``d_out`` and ``d_lse`` of out and lse."""
-    loop = _Loop(q, k, v, mask, scale, softcap, alibi_slopes, blocks)
+    loop = Loop(q, k, v, mask, scale, softcap, alibi_slopes, blocks)
     queries = q.shape[1]
     keys, kv_heads = k.shape[1:3]
     # d score = weight * (d weight - delta); the log-sum-exp's own cotangent enters with the
