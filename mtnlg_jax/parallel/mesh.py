@@ -21,6 +21,7 @@ share the plan.
 | E experts, outputs of a router | none | |
 | H head width, P positions, R rank of an adapter, C width of a masked head | none | |
 | C width of a prefix, I numbers of a patch of an image | none | |
+| W steps of a history | none | |
 """
 
 import math
@@ -52,7 +53,7 @@ AXIS_OF: dict[str, str | tuple[str, ...]] = {
     "D": ROWS,
     "E": "expert",
 }
-UNSPLIT = "CHIPR"
+UNSPLIT = "CHIPRW"
 
 # The bias by which routers choose experts: float32 in every step, and its gradient counts tokens.
 EXPERT_BIAS = "b_balance_E"

@@ -104,6 +104,10 @@ REPORTED = {
     "train.reduce_dtype",
     "train.label_smoothing",
     "train.eval_batches",
+    "train.spike_policy",
+    "train.spike_deviations",
+    "train.spike_window",
+    "train.spike_leave_out",
 }
 
 # These act when parameters are drawn, so they do nothing to a resumed run.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from mtnlg_jax.config import Config
+from mtnlg_jax.train import spike_rule
 
 
 class Part(NamedTuple):
@@ -21,7 +22,7 @@ class Part(NamedTuple):
     new: Callable[[Config, nnx.State], Any]
 
 
-PARTS: dict[str, Part] = {}
+PARTS: dict[str, Part] = {spike_rule.KEY: Part(spike_rule.wanted, spike_rule.new)}
 
 
 def new(config: Config, trained: nnx.State) -> dict[str, Any]:

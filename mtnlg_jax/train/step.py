@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config
-from mtnlg_jax.train import expert_loads, lora, quantized_base
+from mtnlg_jax.train import expert_loads, lora, quantized_base, spike_rule
 from mtnlg_jax.train.distill import Distillation
 from mtnlg_jax.train.gradients import make_loss_and_gradients
 from mtnlg_jax.train.optimizer import make_optimizer
@@ -35,9 +35,9 @@ def make_train_step(
     state. ``batch`` holds arrays (M, B, S), of which ``micro_batches`` (of M) and ``sequences`` are
     in use; see `inputs.batch_at`. ``rate_scale`` is the factor on the learning rate in this stage.
     With a ``distillation`` the teacher's parameters are one more argument, the last; with
-    differential privacy `privacy.noise_key` is. A step whose loss or gradient norm is not finite
-    changes only the counters. With differential privacy only the noised gradients decide: to skip
-    by anything else would tell of single examples.
+    differential privacy `privacy.noise_key` is. A spike (`spike_rule`) and a step
+    whose loss or gradient norm is not finite change only the counters. With differential privacy
+    only the noised gradients decide: to skip by anything else would tell of single examples.
 
     Args:
       causal: whether attention is causal, as for the causal objective, or bidirectional.
@@ -90,11 +90,11 @@ def make_train_step(
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
         # A gradient may overflow although the loss is finite, so both are checked.
         finite = (private or jnp.isfinite(loss)) & jnp.isfinite(grad_norm)
+        taken, parts, spiked = spike_rule.judge(config, causal, state, loss, grad_norm, finite)
 
-        # An elementwise selection, not a branch: the update is always computed, and a NaN in it is
-        # not selected.
+        # Not a branch: the update is always computed, and a NaN in it is not selected.
         def select(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            return jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
 
         # The counters always advance: the data of a non-finite step is not read again.
         new_state = TrainState(
@@ -104,7 +104,7 @@ def make_train_step(
             samples=samples,
             nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),
             nonfinite_total=state.nonfinite_total + ~finite,
-            extras=state.extras,
+            extras=parts,
         )
         metrics = {
             "loss": loss,
@@ -112,7 +112,7 @@ def make_train_step(
             "learning_rate": rate,
             "nonfinite_streak": new_state.nonfinite_streak,
             "nonfinite_total": new_state.nonfinite_total,
-            **figures,
+            **(figures | spiked),
         }
         if counting:
             metrics |= expert_loads.metrics_of(loads[0], moe)
