@@ -13,13 +13,14 @@ import numpy as np
 
 from mtnlg_jax.config import Config, MeshConfig, validate, validate_batch
 from mtnlg_jax.evaluate.why import programs, states
-from mtnlg_jax.evaluate.why.batch import Document, StepBatch
 from mtnlg_jax.evaluate.why.settings import Settings
 from mtnlg_jax.parallel.mesh import make_mesh, mesh_shape, row_shards
 from mtnlg_jax.train import init_from
 from mtnlg_jax.train.inputs import Data, batch_at, load_data, resolve
 from mtnlg_jax.train.schedule import batch_size_at, is_masked, samples_at_end, stage_at
 from mtnlg_jax.train.step import make_train_step
+from mtnlg_jax.train.step_batch import Document, StepBatch
+from mtnlg_jax.train.token_losses import make_token_losses
 
 
 class Part(NamedTuple):
@@ -133,7 +134,7 @@ class Replayed:
         causal = not self.batch.masked
         sparse = run.data.has_answers
         self._gradients = programs.make_gradients(config, run.mesh, causal, options, sparse)
-        self._token_losses = programs.make_token_losses(config, run.mesh, causal)
+        self._token_losses = make_token_losses(config, run.mesh, causal)
         # As in `train.step`: dropout depends on the seed and the step alone.
         step_key = jax.random.fold_in(jax.random.key(config.train.seed), step)
         self._key = jax.random.key_data(step_key)
