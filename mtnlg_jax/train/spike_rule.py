@@ -52,6 +52,11 @@ def new(config: Config, trained: nnx.State) -> dict[str, Any]:
     return {name: history() for name in _OBJECTIVES} | {"total": zero}
 
 
+def total(extras: dict[str, Any]) -> int:
+    """Return the spikes of a run, given the extras of its state; 0 where none is judged."""
+    return int(extras[KEY]["total"]) if KEY in extras else 0
+
+
 def judge(
     config: Config,
     causal: bool,
@@ -95,16 +100,16 @@ def judge(
         for name, value in figures.items()
     }
     streak = jnp.where(taken, 0, streak + is_spike)
-    total = spikes["total"] + is_spike
+    number = spikes["total"] + is_spike
     moved |= {"count": count + taken, "kind": kind, "streak": streak}
     metrics = {
         "deviation_loss": deviations["loss_W"],
         "deviation_grad_norm": deviations["grad_norm_W"],
         "is_spike": is_spike,
         "spikes_in_a_row": streak,
-        "spikes_total": total,
+        "spikes_total": number,
     }
-    return taken, {**state.extras, KEY: {**spikes, name: moved, "total": total}}, metrics
+    return taken, {**state.extras, KEY: {**spikes, name: moved, "total": number}}, metrics
 
 
 def _deviation(figures_W: jax.Array, count: jax.Array, window: int, value: jax.Array) -> jax.Array:

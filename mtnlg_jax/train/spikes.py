@@ -23,7 +23,7 @@ from mtnlg_jax.config import Config
 from mtnlg_jax.errors import Diverged
 from mtnlg_jax.train import processes, spike_rule
 from mtnlg_jax.train.inputs import Data
-from mtnlg_jax.train.metrics import MetricsLog
+from mtnlg_jax.train.metrics import MetricsLog, training_loss
 from mtnlg_jax.train.schedule import is_masked, loss_name, stage_at
 from mtnlg_jax.train.state import TrainState
 from mtnlg_jax.train.step_batch import StepBatch
@@ -69,14 +69,15 @@ class Spikes:
         return {"spikes": self._records} if self._records else {}
 
     def begin(self, first: int) -> None:
-        """Go on after step ``first``. Raise Diverged where the run has come back there too often."""
+        """Go on after step ``first``. Raise Diverged if the run went back there too often."""
         self._recent.clear()
         waiting = [record for record in self._records if record["back_to"] is None]
         for record in waiting:
             # Also after a kill that came before the run had gone back.
             record["back_to"] = first
             # Earlier batches are part of the checkpoint.
-            record["left_out"] = [pair for pair in record["left_out"] if pair[0] > first]
+            *before, last = record["left_out"]
+            record["left_out"] = [pair for pair in before if pair[0] > first] + [last]
         if waiting:
             self._write()
         self._left_out = left_out(self._records)
@@ -269,7 +270,7 @@ def _finite(value: float) -> float | None:
 
 def described(record: dict[str, Any], workdir: str) -> str:
     """Return the line of a spike: its step, figures, and most suspicious documents."""
-    loss = next(record[name] for name in record if name.endswith("loss") and "_of" not in name)
+    loss = training_loss(record)[1]
     documents = "; ".join(
         f"{number}. {each['source']} document {each['document']} "
         f"({'not finite' if each['loss'] is None else format(each['loss'], '.2f')} over "
