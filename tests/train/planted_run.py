@@ -86,7 +86,9 @@ def bad_batches(config):
     for step in range(config.train.steps):
         batch = StepBatch(config, None, data, step, step * BATCH)
         bad = np.isin(batch.rows["tokens"], digits)
-        found |= {step + 1: each for each in batch.documents if bad[batch.mask(each)].any()}
+        for document in batch.documents:
+            if bad[batch.mask(document)].any():
+                found[step + 1] = document
     return found
 
 

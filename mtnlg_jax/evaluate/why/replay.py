@@ -15,7 +15,7 @@ from mtnlg_jax.config import Config, MeshConfig, validate, validate_batch
 from mtnlg_jax.evaluate.why import programs, states
 from mtnlg_jax.evaluate.why.settings import Settings
 from mtnlg_jax.parallel.mesh import make_mesh, mesh_shape, row_shards
-from mtnlg_jax.train import init_from
+from mtnlg_jax.train import init_from, spikes
 from mtnlg_jax.train.inputs import Data, batch_at, load_data, resolve
 from mtnlg_jax.train.schedule import batch_size_at, is_masked, samples_at_end, stage_at
 from mtnlg_jax.train.step import make_train_step
@@ -43,6 +43,7 @@ class Opened:
         """``step``: done ones before the step. ``entries`` are those of `Settings`."""
         self.workdir = workdir
         self.settings = Settings(workdir, entries)
+        self.left_out = states.left_out(workdir, step)
         config = self.settings.at(step)
         if step >= config.train.steps:
             raise ValueError(
@@ -86,7 +87,7 @@ class Opened:
         self, found: states.Found, step: int, on_step: Callable[[int, dict], None]
     ) -> states.Found:
         """Run the true steps from the state to ``step``, and call ``on_step`` with each one's
-        number and metrics. The state is donated."""
+        number and metrics. The state is donated. Batches that the run left out are left out."""
         state = found.state
         samples = int(state.samples)
         made: dict[tuple, Any] = {}
@@ -96,6 +97,11 @@ class Opened:
             if self.settings.begins(each):
                 # A start of the run fixes the length of its schedule.
                 total = self._total(each, samples)
+            if (each + 1, samples) in self.left_out:
+                sequences = batch_size_at(config.train, samples)
+                state = spikes.pass_over(state, sequences, is_spike=False)
+                samples += sequences
+                continue
             number, _, stage = stage_at(config.train, each)
             kind, teacher = init_from.teacher_of(self.teachers, number)
             masked = is_masked(config.train, each)
