@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import jax
 import pytest
+import test_processes
 from planted_run import make_planted, planted_config, records_of
-from test_processes import run_all
 
 from mtnlg_jax.config import MeshConfig
 from mtnlg_jax.train import loop, spikes
@@ -18,10 +19,10 @@ PROGRAM = """
     from mtnlg_jax.config import MeshConfig
     from mtnlg_jax.train import loop, processes
 
-    processes.start(f"localhost:{port}", 2, me, 100, local_devices=4)
+    processes.start(f"localhost:{port}", 2, me, 100, local_devices=1)
     config = planted_config(
         Path(folder),
-        MeshConfig(data=4, tensor=2),
+        MeshConfig(data=2),
         seed=27,
         spike_policy=policy,
         spike_window=16,
@@ -36,14 +37,17 @@ PROGRAM = """
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["skip", "rewind"])
-def test_two_processes_leave_out_what_one_does(tmp_path, policy):
+def test_two_processes_leave_out_what_one_does(tmp_path, policy, monkeypatch):
+    monkeypatch.setattr(test_processes, "PATIENCE", 400)  # for 60 steps on a busy machine
     folder = make_planted(tmp_path)
     here = str(Path(__file__).parent)
-    ended = run_all(PROGRAM, 2, here, folder, policy, tmp_path / "two")
+    ended = test_processes.run_all(PROGRAM, 2, here, folder, policy, tmp_path / "two")
     for code, output in ended:
         assert code == 0, output
     rule = {"spike_window": 16, "spike_deviations": 5.0, "spike_policy": policy}
-    config = planted_config(folder, MeshConfig(data=4, tensor=2), seed=27, **rule)
+    config = planted_config(folder, MeshConfig(data=2), seed=27, **rule)
+    make_mesh = loop.make_mesh
+    monkeypatch.setattr(loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:2]))
     loop.train(config, str(tmp_path / "one"), show_progress=False)
     two = records_of(tmp_path / "two")
     one = records_of(tmp_path / "one")
