@@ -33,8 +33,9 @@ tokenizer/        the tokenizer of the data and of generated text
 huggingface/      of a run that came from a model of another format: its config.json, tokenizer and
                   settings of generation, which launch/convert.py writes again
 privacy.json      with differential privacy, what its checkpoints have spent: epsilon, delta
-metrics.jsonl     a line for each step (kind train), each evaluation (kind eval) and each evaluation
-                  of tasks (kind tasks); loss in nats per token
+metrics.jsonl     a line for each step (kind train), each evaluation (kind eval), each evaluation of
+                  tasks (kind tasks) and each spike (kind spike); loss in nats per token
+spikes.jsonl      with train.spike_policy=rewind, the batches that the run leaves out, and why
 loss.png          the curves;  tensorboard/ the same for TensorBoard (pip install tensorboard)
 why/, inspect/    results of launch/why.py and launch/inspect.py
 stacks-N.txt      stacks of process N when it no longer made progress; .lock-N: the process that

@@ -237,7 +237,7 @@ def named(batch: StepBatch, losses: np.ndarray) -> dict[str, list]:
     weights = batch.rows["weights"]
     totals: dict[str, list[float]] = {}
     documents = batch.by_excess(losses)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for document in documents:
         at = batch.documents[document]
         at = at[weights[tuple(at.T)] > 0]

@@ -98,9 +98,9 @@ class Opened:
                 # A start of the run fixes the length of its schedule.
                 total = self._total(each, samples)
             if (each + 1, samples) in self.left_out:
-                sequences = batch_size_at(config.train, samples)
-                state = spikes.pass_over(state, sequences, is_spike=False)
-                samples += sequences
+                used = batch_size_at(config.train, samples)
+                state = spikes.pass_over(state, used, is_spike=False)
+                samples += used
                 continue
             number, _, stage = stage_at(config.train, each)
             kind, teacher = init_from.teacher_of(self.teachers, number)
