@@ -37,7 +37,7 @@ from mtnlg_jax.train.step_batch import StepBatch
 RESULT = Path(__file__).parent / "results" / "spikes.json"
 LENGTH = 32
 BATCH = 8
-RULE = {"spike_window": 32, "spike_deviations": 6.0}
+RULE = {"spike_window": 64, "spike_deviations": 6.0}
 POLICIES = {
     "none": {},
     "skip": RULE | {"spike_policy": "skip"},
@@ -113,8 +113,7 @@ def config_of(folder: str, steps: int, seed: int, **train) -> Config:
         ),
         mesh=MeshConfig(),
         data=DataConfig(blend=((f"{folder}/books", 3.0), (f"{folder}/web", 1.0))),
-        # Without clipping, which would hide what a bad batch does.
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.05, clip_grad_norm=0.0),
+        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_fraction=0.05),
         train=TrainConfig(
             **{
                 "steps": steps,
@@ -122,7 +121,7 @@ def config_of(folder: str, steps: int, seed: int, **train) -> Config:
                 "global_batch_size": BATCH,
                 "compute_dtype": "float32",
                 "save_every": 20,
-                "eval_every": 2,
+                "eval_every": 10,
                 "eval_batches": 2,
                 "keep_best": False,
             }

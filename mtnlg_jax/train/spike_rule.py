@@ -29,6 +29,8 @@ KEY = "spikes"  # in the extras of a state
 _NORMAL = 1.4826
 # A flat history would make any change a spike: at least this share of the median is one deviation.
 FLOOR = 0.01
+# After this number in a row they are no outliers: their level is taken for the new one.
+IN_A_ROW = 5
 _OBJECTIVES = ("causal", "masked")
 _FIGURES = ("loss_W", "grad_norm_W")
 
@@ -68,9 +70,10 @@ def judge(
     """Return (whether the update of a step is taken, the new extras, metrics).
 
     ``state`` is the `TrainState` before the step. A spike and a step that is not ``finite`` leave
-    the history as it is. The metrics are the deviations of both figures, nan while the history is
-    too short; whether the step ``is_spike``; the spikes in a row of this objective up to it; and
-    ``spikes_total`` of the run. Without train.spike_policy there are none.
+    the history as it is; the last of IN_A_ROW spikes begins a new one. The metrics are the
+    deviations of both figures, nan while the history is too short; whether the step ``is_spike``;
+    the spikes in a row of this objective up to it; and ``spikes_total`` of the run. Without
+    train.spike_policy there are none.
     """
     if KEY not in state.extras:
         return finite, state.extras, {}
@@ -101,7 +104,12 @@ def judge(
     }
     streak = jnp.where(taken, 0, streak + is_spike)
     number = spikes["total"] + is_spike
-    moved |= {"count": count + taken, "kind": kind, "streak": streak}
+    shifted = streak >= IN_A_ROW
+    moved |= {
+        "count": jnp.where(shifted, 0, count + taken),
+        "kind": kind,
+        "streak": jnp.where(shifted, 0, streak),
+    }
     metrics = {
         "deviation_loss": deviations["loss_W"],
         "deviation_grad_norm": deviations["grad_norm_W"],

@@ -110,7 +110,7 @@ class Spikes:
         """Return whether the run is to go back, given a step and its figures as they are reported.
 
         A spike is named and written, and where the run is to go back, it is recorded on disk.
-        ``params`` are those of the newest state. Raise Diverged after too many spikes in a row.
+        ``params`` are those of the newest state.
         """
         if reported is None:
             return False
@@ -134,15 +134,15 @@ class Spikes:
             self._log.write({"kind": KIND} | record)
         if processes.is_first():
             logging.warning("%s", described(record, self._workdir))
-        in_a_row = values["spikes_in_a_row"]
-        if not rewinding and in_a_row >= train.max_bad_steps:
-            raise Diverged(
-                f"{in_a_row} {record['objective']} steps in a row were spikes, up to step "
-                f"{step + 1} (train.max_bad_steps={train.max_bad_steps}), and none was applied: it "
-                "is not a few bad batches. If the level of the loss has changed for good, raise "
-                "train.spike_deviations or set train.spike_policy=none; otherwise lower "
-                "optimizer.learning_rate, then run again"
-            )
+            if not rewinding and values["spikes_in_a_row"] >= spike_rule.IN_A_ROW:
+                logging.warning(
+                    "%d %s steps in a row were spikes, up to step %d: the level has shifted. A new "
+                    "history begins, so none of the next %d is a spike",
+                    values["spikes_in_a_row"],
+                    record["objective"],
+                    step + 1,
+                    train.spike_history,
+                )
         return rewinding
 
     def _described(self, step: int, values: dict, params: Any) -> dict[str, Any]:

@@ -105,6 +105,18 @@ def test_a_spike_does_not_hide_the_next_and_a_bad_step_changes_nothing():
     assert taken and metrics["spikes_in_a_row"] == 0 and metrics["spikes_total"] == 4
 
 
+def test_five_spikes_in_a_row_are_a_new_level():
+    run = Run(config_of())
+    for _ in range(20):
+        run(2.0)
+    for number in range(1, 6):
+        taken, metrics = run(9.0)
+        assert not taken and metrics["spikes_in_a_row"] == number
+    for _ in range(16):
+        assert run(9.0)[0]
+    assert not run(90.0)[0]
+
+
 def test_a_flat_history_has_a_floor():
     run = Run(config_of())
     for _ in range(20):

@@ -287,10 +287,14 @@ def worse_from(monkeypatch, first):
     monkeypatch.setattr(loop, "batch_at", batch_at)
 
 
-def test_a_level_that_shifts_for_good_stops_the_run(planted, tmp_path, monkeypatch):
+def test_a_level_that_shifts_for_good_begins_a_new_history(planted, tmp_path, monkeypatch, caplog):
     worse_from(monkeypatch, 40)
-    with pytest.raises(Diverged, match="5 causal steps in a row were spikes, up to step 45"):
-        trained(planted, tmp_path, **SKIP)
+    trained(planted, tmp_path, **SKIP)
+    spiked = [step for kind, step in records_of(tmp_path, "spike")]
+    assert spiked[:5] == [41, 42, 43, 44, 45] and len(spiked) == 5
+    assert "5 causal steps in a row were spikes, up to step 45" in caplog.text
+    # The next ones are applied, and their level is that of the new history.
+    assert state_of(tmp_path)["rest.extras.spikes.causal.count"] == 15
 
 
 @pytest.mark.slow
