@@ -149,7 +149,7 @@ def figures(workdir: str, config: Config, bad: list[int]) -> dict:
     held_out = {r["step"]: r["causal_loss"] for r in records if r["kind"] == "eval"}
     spikes = [r for r in records if r["kind"] == "spike"]
     left_out = {r["step"] for r in records if r["kind"] in ("spike", "left_out")}
-    known = [step for step in bad if step > config.train.spike_history]
+    known = [step for step in bad if step > RULE["spike_window"] // 2]  # for all policies
     after = [loss for step, loss in held_out.items() if known and step >= known[0]]
     return {
         "bad_batches": bad,

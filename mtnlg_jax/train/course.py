@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mtnlg_jax.config import Config, to_json
 from mtnlg_jax.data.batches import SAMPLE_ORDER
 from mtnlg_jax.errors import Preempted
-from mtnlg_jax.train import processes
+from mtnlg_jax.train import processes, spikes
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.evaluate import Evaluator
 from mtnlg_jax.train.inputs import Data
@@ -156,9 +156,13 @@ class Course:
     def _goes_back(self, stopping: bool = False) -> bool:
         """Report the pending step; if it was a spike, return to the last checkpoint and True."""
         reported = self.reporter.report()
-        if not self.spikes.went_wrong(reported, self.state.params):
+        if reported is None or not spikes.is_unusual(reported):
             return False
-        self.watchdog.enter("going back")
+        self.watchdog.enter("spike")
+        goes_back = self.spikes.take(reported, self.state.params)
+        self.reporter.meter.restart()  # the time for names does not count
+        if not goes_back:
+            return False
         self.saver.finish(None)
         if stopping:
             raise Preempted(

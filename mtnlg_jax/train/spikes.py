@@ -106,19 +106,14 @@ class Spikes:
         is_spike = any(record["step"] == step for record in self._records)
         return pass_over(state, sequences, is_spike)
 
-    def went_wrong(self, reported: tuple[int, dict] | None, params: Any) -> bool:
-        """Return whether the run is to go back, given a step and its figures as they are reported.
+    def take(self, reported: tuple[int, dict], params: Any) -> bool:
+        """Name and write an unusual step as it is reported; return whether the run is to go back.
 
-        A spike is named and written, and where the run is to go back, it is recorded on disk.
-        ``params`` are those of the newest state.
+        Where it is, that is recorded on disk. ``params`` are those of the newest state.
         """
-        if reported is None:
-            return False
         step, values = reported
         if not values:
             self._log_left_out(step + 1)
-            return False
-        if not values.get("is_spike"):
             return False
         train = self._config.train
         record = self._described(step, values, params)
@@ -181,6 +176,12 @@ class Spikes:
     def _write(self) -> None:
         content = "".join(json.dumps(record) + "\n" for record in self._records)
         processes.run_on_first(lambda: storage.write_file(self._workdir, FILE, content.encode()))
+
+
+def is_unusual(reported: tuple[int, dict]) -> bool:
+    """Return whether a reported step is a spike, or has no figures, since its batch is left out."""
+    values = reported[1]
+    return not values or bool(values.get("is_spike"))
 
 
 def recorded(workdir: str, meta: dict) -> list[dict[str, Any]]:
