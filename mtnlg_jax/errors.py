@@ -47,7 +47,7 @@ class Preempted(Exception):
 
 
 class Diverged(Exception):
-    """Too many non-finite steps in a row."""
+    """Too many non-finite steps in a row, or spikes behind one checkpoint."""
 
     exit_code = DIVERGED
 

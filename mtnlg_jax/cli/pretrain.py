@@ -98,10 +98,11 @@ def _tasks_of(config: "Config") -> "RunTasks | None":
 def describe(summary: "Summary") -> str:
     """Return the text that is printed at the end of a run."""
     run = shlex.quote(summary.workdir)
+    spikes = f", {summary.spikes} spikes left out" if summary.spikes else ""
     results = "\n".join(filter(None, [summary.held_out, summary.scored]))
     return f"""
 {summary.parameters:,} parameters, {summary.steps:,} steps, {summary.tokens:,} tokens, \
-{summary.speed}, {summary.skipped} steps skipped
+{summary.speed}, {summary.skipped} steps skipped{spikes}
 {results}
   {run}/checkpoints    {summary.kept}
   {run}/metrics.jsonl  every step

@@ -23,6 +23,7 @@ from mtnlg_jax.config.model import (
 )
 from mtnlg_jax.config.rules import validate, validate_batch, validate_model
 from mtnlg_jax.config.schema import (
+    LONGEST_SPIKE_WINDOW,
     PATH,
     Config,
     DataConfig,

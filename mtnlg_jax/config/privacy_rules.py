@@ -36,6 +36,12 @@ _RULES: Rules = (
         "breaks differential privacy; leave distill out, or start from other weights by --init=RUN",
     ),
     (
+        lambda c: c.train.spike_policy != "none",
+        "train.spike_policy={c.train.spike_policy} with differential privacy: a step that is left "
+        "out for its loss tells of single examples, and one that is done again spends epsilon "
+        "again; set it to none",
+    ),
+    (
         lambda c: c.optimizer.dp_source_rows > 1 and c.optimizer.dp_unit != "source",
         "optimizer.dp_source_rows={c.optimizer.dp_source_rows} is for whole sources, and "
         "optimizer.dp_unit={c.optimizer.dp_unit} protects one row; set optimizer.dp_unit=source",

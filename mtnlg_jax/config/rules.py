@@ -21,6 +21,7 @@ from mtnlg_jax.config.model import BIASES, ModelConfig
 from mtnlg_jax.config.privacy_rules import check_privacy
 from mtnlg_jax.config.schedule_rules import check_schedule
 from mtnlg_jax.config.schema import Config, StageConfig
+from mtnlg_jax.config.spike_rules import check_spikes
 
 
 def _ring_cannot(model: ModelConfig) -> bool:
@@ -153,6 +154,7 @@ def validate(config: Config) -> None:
         refuse_changed(config.train, keys, why, "train.")
     check_privacy(config)
     check_memory(config)
+    check_spikes(config)
     data = 1 if config.mesh.data == -1 else config.mesh.data
     validate_batch(config, data * config.mesh.expert)
     # It counts the samples of the ramp, which is sound by now.

@@ -34,6 +34,10 @@ from mtnlg_jax.config.ranges import (
 Blend = tuple[tuple[str, float], ...]
 Tokens = tuple[int, ...]
 
+# Of fewer steps a median says little; the longest is the size of the history in a state.
+SHORTEST_SPIKE_WINDOW = 16
+LONGEST_SPIKE_WINDOW = 1024
+
 
 @dataclass(frozen=True)
 class MeshConfig:
@@ -198,6 +202,16 @@ class TrainConfig:
     keep_best: bool = True
     # Non-finite steps in a row that stop the run. Single ones are skipped.
     max_bad_steps: Count = 5
+    # What a spike does, a step whose loss or gradient norm is far above those before it; docs/
+    # spikes.md. skip: its update is not applied. rewind: the run goes back to its last checkpoint
+    # and leaves the batch out, at most max_bad_steps times to one checkpoint.
+    spike_policy: Literal["none", "skip", "rewind"] = "none"
+    # A spike is further above the median than this number of robust standard deviations.
+    spike_deviations: Positive = 6.0
+    # Accepted steps of the same objective whose median that is. The rule begins after half of them.
+    spike_window: Annotated[int, Range(SHORTEST_SPIKE_WINDOW, LONGEST_SPIKE_WINDOW)] = 128
+    # Batches that rewind leaves out: the spike's own, and those before it as far as the checkpoint.
+    spike_leave_out: Count = 1
     # End a process whose step takes longer than this number of seconds and than 10 times the median
     # step. 0: off.
     watchdog_seconds: NotNegative = 300.0
@@ -215,6 +229,11 @@ class TrainConfig:
     # Steps from one check for silent corruption to the next: two data replicas compute the same
     # rows, and the bits are compared. Each checkpoint of save_every is preceded by one. 0: none.
     verify_every: CountFrom0 = 0
+
+    @property
+    def spike_history(self) -> int:
+        """The accepted steps of an objective before which no step is a spike."""
+        return max(SHORTEST_SPIKE_WINDOW, self.spike_window // 2)
 
 
 @dataclass(frozen=True)

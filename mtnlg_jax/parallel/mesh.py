@@ -23,6 +23,7 @@ share the plan.
 | C width of a prefix, I numbers of a patch of an image | none | |
 | U columns of SOAP's statistics whose rows tensor splits | data x expert (ZeRO) | as D |
 | J columns of its others | none | |
+| W steps of a history | none | |
 """
 
 import math
@@ -55,7 +56,7 @@ AXIS_OF: dict[str, str | tuple[str, ...]] = {
     "U": ROWS,
     "E": "expert",
 }
-UNSPLIT = "CHIJPR"
+UNSPLIT = "CHIJPRW"
 
 # The bias by which routers choose experts: float32 in every step, and its gradient counts tokens.
 EXPERT_BIAS = "b_balance_E"

@@ -22,21 +22,24 @@ def new(config: Config, trained: nnx.State) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32), trained)
 
 
+def held(state: Any) -> dict[str, Any]:
+    """Return the averages among the extras of ``state``, by their name; {} without any."""
+    return {name: part for name, part in state.extras.items() if name == KEY}
+
+
 def updated(config: Config, state: Any, trained: nnx.State) -> dict[str, Any]:
-    """Return the extras of ``state`` (a `TrainState`) with the averages, if there are any, moved
-    toward the weights ``trained`` after the next step.
+    """Return `held`, moved toward the weights ``trained`` after the next step of ``state``.
 
     The decay is at most (1 + t) / (10 + t) at step t, as in TensorFlow's
     ExponentialMovingAverage: otherwise random weights would stay in the average for long.
     """
-    extras = state.extras
-    if KEY not in extras:
-        return extras
     t = (state.step + 1).astype(jnp.float32)
     decay = jnp.minimum(config.train.ema_decay, (1 + t) / (10 + t))
-    return extras | {
-        KEY: jax.tree.map(lambda old, x: old + (1 - decay) * (x - old), extras[KEY], trained)
-    }
+
+    def moved(averages: Any) -> Any:
+        return jax.tree.map(lambda old, x: old + (1 - decay) * (x - old), averages, trained)
+
+    return {name: moved(averages) for name, averages in held(state).items()}
 
 
 def parameters(config: Config, params: nnx.State, averages: Any) -> nnx.State:

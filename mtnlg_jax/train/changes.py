@@ -126,6 +126,10 @@ REPORTED = {
     "train.z_loss_coeff",
     "train.ema_decay",
     "train.eval_batches",
+    "train.spike_policy",
+    "train.spike_deviations",
+    "train.spike_window",
+    "train.spike_leave_out",
 }
 
 # These act when parameters are drawn, so they do nothing to a resumed run.

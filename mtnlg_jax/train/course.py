@@ -9,19 +9,21 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 
+import jax
 from tqdm import tqdm
 
 from mtnlg_jax.config import Config, to_json
 from mtnlg_jax.data.batches import SAMPLE_ORDER
 from mtnlg_jax.errors import Preempted
-from mtnlg_jax.train import averages, processes
+from mtnlg_jax.train import averages, processes, spikes
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.evaluate import Evaluator
 from mtnlg_jax.train.inputs import Data
 from mtnlg_jax.train.privacy import Ledger
 from mtnlg_jax.train.reporter import FIGURES, Reporter, short
 from mtnlg_jax.train.saving import Saver
-from mtnlg_jax.train.schedule import is_due
+from mtnlg_jax.train.schedule import batch_size_at, is_due
+from mtnlg_jax.train.spikes import Spikes
 from mtnlg_jax.train.state import TrainState
 from mtnlg_jax.train.task_scores import TaskScores
 from mtnlg_jax.train.watchdog import Watchdog
@@ -32,7 +34,8 @@ class Course:
     """A run on its way: the newest state, and what is due after each step.
 
     ``identity`` is that of its checkpoints, and ``programs`` returns the fingerprints of its
-    steps. The run ends early once the records of its evaluations are ``enough``.
+    steps. The run ends early once the records of its evaluations are ``enough``. ``restore``
+    returns (step, state) of the last checkpoint, or of the start of the run.
     """
 
     config: Config
@@ -44,6 +47,8 @@ class Course:
     reporter: Reporter
     evaluate: Evaluator
     score_tasks: TaskScores
+    spikes: Spikes
+    restore: Callable[[], tuple[int, TrainState]]
     watchdog: Watchdog
     stop: threading.Event
     enough: Callable[[Sequence[dict]], bool]
@@ -61,6 +66,7 @@ class Course:
         self.state = state
         self.done = first
         self.samples = int(state.samples)  # data order, batch ramp and learning rate follow them
+        self.spikes.begin(first)
         self._catch_up()
         self.over = self.enough(self.log.evaluations())
 
@@ -69,14 +75,24 @@ class Course:
         """Whether there is another step to do."""
         return not self.over and self.done < self.config.train.steps
 
+    def leave_out(self) -> bool:
+        """Pass over the next step if its batch is left out; return whether it was."""
+        if not self.spikes.leaves_out(self.done, self.samples):
+            return False
+        sequences = batch_size_at(self.config.train, self.samples)
+        self.after_step(self.spikes.pass_over(self.state, sequences), {}, sequences)
+        return True
+
     def after_step(self, state: TrainState, metrics: dict, sequences: int) -> None:
         """Take the result of the step that has just been started, and do what is due after it.
 
         Raise Preempted where the run was asked to stop, once its state is saved.
         """
         self.state = state
+        self.spikes.note(self.done, self.samples)
         self.samples += sequences
-        self.reporter.report()  # the previous step, while this one runs
+        if self._goes_back():  # by the previous step, which is reported while this one runs
+            return
         self.watchdog.enter("step")  # its time runs until the next step has been started
         self.reporter.pending = (self.done, metrics, sequences)  # fetched one step later
         self.done += 1
@@ -116,7 +132,9 @@ class Course:
         saving = stopping or self.saver.is_due() or self._is_due(train.save_every)
         if not (evaluating or saving or scoring):
             return
-        self.reporter.report()  # this step, whose loss decides whether the state is healthy
+        # This step, whose loss decides whether the state is healthy.
+        if self._goes_back(stopping):
+            return
         self.watchdog.enter("evaluation or saving")
         result = self._evaluate() if evaluating else {}
         metric = _metric(result)
@@ -134,6 +152,29 @@ class Course:
         if not stopping and self.done < train.steps:
             self.save = None  # it would keep this state in memory beside the next one
         self.reporter.meter.restart()  # time of evaluation and saving does not count
+
+    def _goes_back(self, stopping: bool = False) -> bool:
+        """Report the pending step; if it was a spike, return to the last checkpoint and True."""
+        reported = self.reporter.report()
+        if reported is None or not spikes.is_unusual(reported):
+            return False
+        self.watchdog.enter("spike")
+        goes_back = self.spikes.take(reported, self.state.params)
+        self.reporter.meter.restart()  # the time for names does not count
+        if not goes_back:
+            return False
+        self.saver.finish(None)
+        if stopping:
+            raise Preempted(
+                f"stopped by a signal after step {self.done}, a spike; the same command resumes "
+                "from the last checkpoint and leaves its batch out"
+            )
+        # Its memory is for the state that is restored.
+        jax.tree.map(lambda array: array.delete(), self.state)
+        first, state = self.restore()
+        self.reporter.restart(first)
+        self.begin(first, state)
+        return True
 
     def _evaluate(self) -> dict[str, float]:
         result = self.evaluate(self.state.params)
@@ -157,6 +198,7 @@ class Course:
             "samples": self.samples,
             "order_of_samples": SAMPLE_ORDER,
             "metrics": result,
+            **self.spikes.meta,
             **({"privacy": self.ledger.meta(self.done)} if self.ledger else {}),
         }
 

@@ -33,9 +33,10 @@ tokenizer/        the tokenizer of the data and of generated text
 huggingface/      of a run that came from a model of another format: its config.json, tokenizer and
                   settings of generation, which launch/convert.py writes again
 privacy.json      with differential privacy, what its checkpoints have spent: epsilon, delta
-metrics.jsonl     a line for each step (kind train), each evaluation (kind eval), each evaluation
-                  of tasks (kind tasks) and each comparison of replicas (kind replicas); loss in
-                  nats per token
+metrics.jsonl     a line for each step (kind train), each evaluation (kind eval), each evaluation of
+                  tasks (kind tasks), each spike (kind spike) and each comparison of replicas (kind
+                  replicas); loss in nats per token
+spikes.jsonl      with train.spike_policy=rewind, the batches that the run leaves out, and why
 loss.png          the curves;  tensorboard/ the same for TensorBoard (pip install tensorboard)
 stats.png         statistics by layer, of runs with train.stats_every
 why/, inspect/    results of launch/why.py and launch/inspect.py

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from mtnlg_jax.config import Config
-from mtnlg_jax.train import averages
+from mtnlg_jax.train import averages, spike_rule
 
 
 class Part(NamedTuple):
@@ -22,7 +22,10 @@ class Part(NamedTuple):
     new: Callable[[Config, nnx.State], Any]
 
 
-PARTS: dict[str, Part] = {averages.KEY: Part(averages.wanted, averages.new)}
+PARTS: dict[str, Part] = {
+    averages.KEY: Part(averages.wanted, averages.new),
+    spike_rule.KEY: Part(spike_rule.wanted, spike_rule.new),
+}
 
 
 def new(config: Config, trained: nnx.State) -> dict[str, Any]:

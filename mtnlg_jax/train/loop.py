@@ -25,6 +25,7 @@ from mtnlg_jax.train import (
     privacy,
     processes,
     replicas,
+    spike_rule,
 )
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.course import Course, open_checkpoints
@@ -36,6 +37,7 @@ from mtnlg_jax.train.privacy import Ledger
 from mtnlg_jax.train.replicas import ReplicaCheck
 from mtnlg_jax.train.reporter import Meter, Reporter, Summary, show
 from mtnlg_jax.train.schedule import is_masked, samples_at_end, stage_at
+from mtnlg_jax.train.spikes import Spikes
 from mtnlg_jax.train.state import TrainState, abstract_state, init_state, renew
 from mtnlg_jax.train.statistics import Statistics
 from mtnlg_jax.train.step import CompiledStep, make_train_step
@@ -85,9 +87,10 @@ def train(
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())
         teachers = init_from.load_teachers(config, mesh)
         identity = identity_of_data(config, data) | init_from.identity_of(config, teachers)
-        config, first, state, ledger, restored = _begin(config, mesh, checkpoints, identity, data)
+        config, first, state, ledger, meta = _begin(config, mesh, checkpoints, identity, data)
         samples = int(state.samples)
         total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
+        restored = meta is not None
         _describe_start(config, mesh, data, workdir, first, samples, restored, ledger, announce)
         executables.announce = announce if processes.is_first() else executables.announce
         log = resources.enter_context(closing(MetricsLog(workdir, first, processes.is_first())))
@@ -107,6 +110,8 @@ def train(
             Reporter(config, log, bar, meter, checkpoints, ledger, statistics),
             Evaluator(config, mesh, data),
             TaskScores(config, score, log, watchdog),
+            Spikes(config, workdir, mesh, data, log, meta),
+            functools.partial(_last_state, config, mesh, checkpoints, identity),
             watchdog,
             stop,
             enough,
@@ -117,6 +122,8 @@ def train(
         course.begin(first, state)
 
         while course.goes_on:
+            if course.leave_out():
+                continue
             step = course.done
             batch, micro_batches, sequences = batch_at(config, mesh, data, step, course.samples)
             number, _, stage = stage_at(config.train, step)
@@ -162,27 +169,20 @@ def identity_of_data(config: Config, data: Data) -> dict[str, dict]:
 
 def _begin(
     config: Config, mesh: Mesh, checkpoints: Checkpoints, identity: dict, data: Data
-) -> tuple[Config, int, TrainState, Ledger | None, bool]:
-    """Return (config, first step, state, the ledger of privacy.start, whether a checkpoint of this
-    folder was restored).
+) -> tuple[Config, int, TrainState, Ledger | None, dict | None]:
+    """Return (config, first step, state, the ledger of privacy.start, the meta of the checkpoint of
+    this folder that was restored, None without one).
 
     Precedence: 1. the newest good checkpoint of this folder; 2. the parameters of train.init;
     3. fresh ones from train.seed.
     """
-    # The abstract state has this run's shardings, so a checkpoint of another mesh is restored onto
-    # this one.
-    restored = checkpoints.restore(
-        abstract_state(config, mesh),
-        identity,
-        functools.partial(changes.refuse_changes, config=config),
-    )
+    restored = _restored(config, mesh, checkpoints, identity)
     if not restored:
         privacy.refuse_known_data(config, data.fingerprints)
         config, ledger = privacy.start(config, data.samplers, {}, 0, 0)
         state = init_state(config, mesh, init_from.load_start(config, mesh))
-        return config, 0, state, ledger, False
+        return config, 0, state, ledger, None
     first, state, meta = restored
-    state = renew(config, state, checkpoints.lacking)
     # From here on train.init of the config is that of the first start of this run.
     config = changes.kept_init(meta, config)
     samples = int(state.samples)
@@ -192,7 +192,34 @@ def _begin(
         reported = changes.report_changes(meta, first, samples, config)
         if reported:
             logging.warning("%s", reported)
-    return config, first, state, ledger, True
+    return config, first, state, ledger, meta
+
+
+def _restored(
+    config: Config, mesh: Mesh, checkpoints: Checkpoints, identity: dict
+) -> tuple[int, TrainState, dict] | None:
+    """Return (step, state, meta) of the newest good checkpoint of this folder, if there is one."""
+    # The abstract state has this run's shardings, so a checkpoint of another mesh is restored onto
+    # this one.
+    restored = checkpoints.restore(
+        abstract_state(config, mesh),
+        identity,
+        functools.partial(changes.refuse_changes, config=config),
+    )
+    if not restored:
+        return None
+    first, state, meta = restored
+    return first, renew(config, state, checkpoints.lacking), meta
+
+
+def _last_state(
+    config: Config, mesh: Mesh, checkpoints: Checkpoints, identity: dict
+) -> tuple[int, TrainState]:
+    """Return (step, state) to which a run goes back: its newest good checkpoint, or its start."""
+    restored = _restored(config, mesh, checkpoints, identity)
+    if restored:
+        return restored[:2]
+    return 0, init_state(config, mesh, init_from.load_start(config, mesh))
 
 
 def _describe_start(
@@ -277,6 +304,7 @@ def _summary(workdir: str, course: Course) -> Summary:
         int(state.nonfinite_total),
         scored[-1] if scored else {},
         (score_tasks.seconds, score_tasks.share),
+        spike_rule.total(state.extras),
     )
 
 

@@ -105,6 +105,7 @@ class MetricsLog:
     def __init__(self, workdir: str, step: int, writing: bool = True) -> None:
         self.path = os.path.join(workdir, "metrics.jsonl")
         self.writing = writing
+        self._drops = 0  # how often records were dropped since this start
         records, damaged = scan_metrics(self.path)
         # An evaluation after step n is part of the state of step n, so it stays.
         self.records = [record for record in records if record["step"] <= step]
@@ -114,23 +115,29 @@ class MetricsLog:
 
         if damaged:
             self._set_aside(damaged)
-        # Rewritten whole and renamed, so that a kill leaves either the old or the new file.
-        beside = self.path + ".partial"
-        with open(beside, "w", encoding="utf-8") as file:
-            file.writelines(_line(record) for record in self.records)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.path)
-        # Unbuffered: a record is with the system as soon as it is written, whatever happens to the
-        # process.
-        self._file = open(self.path, "ab", buffering=0)
-        self._unwritten = b""
+        self._rewrite()
         self._behind = False
         self._new_board = functools.partial(
             SummaryWriter, os.path.join(workdir, "tensorboard"), flush_secs=30
         )
         # TensorBoard hides what an earlier start wrote for the steps that run again.
         self._board = self._new_board(purge_step=step + 1)
+
+    def drop_after(self, step: int) -> None:
+        """Drop the records of the steps after ``step``, which will be run and written again."""
+        self.records = [record for record in self.records if record["step"] <= step]
+        if not self.writing:
+            return
+        self._stale = True
+        self._drops += 1
+        with self._outlasting():
+            self._file.close()
+            self._write()
+        with self._outlasting():
+            self._board.close()
+            # Another name: the first file may be of the same second.
+            suffix = f".{self._drops:06d}"
+            self._board = self._new_board(purge_step=step + 1, filename_suffix=suffix)
 
     def write(self, record: dict) -> None:
         """Append ``record``, with its "time"; it has "step" and "kind" (train, eval, tasks, stats,
@@ -185,7 +192,23 @@ class MetricsLog:
                 if stats:
                     plot_statistics(stats, os.path.join(folder, "stats.png"))
 
+    def _rewrite(self) -> None:
+        # Whole and renamed, so that a kill leaves either the old or the new file.
+        beside = self.path + ".partial"
+        with open(beside, "w", encoding="utf-8") as file:
+            file.writelines(_line(record) for record in self.records)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, self.path)
+        # Unbuffered: a record is with the system as soon as it is written, whatever happens to the
+        # process.
+        self._file = open(self.path, "ab", buffering=0)
+        self._unwritten = b""
+        self._stale = False
+
     def _write(self) -> None:
+        if self._stale:  # with records that were dropped
+            self._rewrite()
         while self._unwritten:
             # An unbuffered write may write a part; the rest follows, so that no line is torn.
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]

@@ -63,6 +63,7 @@ class Summary:
     tasks: dict = dataclasses.field(default_factory=dict)  # the last record of train.eval_tasks
     # Seconds that this process scored tasks, and their share of its time.
     tasks_cost: tuple[float, float] = (0.0, 0.0)
+    spikes: int = 0  # steps that were not applied, by train.spike_policy
 
     @property
     def speed(self) -> str:
@@ -161,7 +162,12 @@ class Meter:
         return None if self.peak is None else rate * self.flops / self.peak
 
 
-_FURTHER = ("expert_", "nonprivate_")  # beginnings of the names of further metrics of a step
+_FURTHER = (
+    "expert_",
+    "nonprivate_",
+    "spikes_",
+    "deviation_",
+)  # beginnings of the names of further metrics of a step
 
 
 class Reporter:
@@ -189,18 +195,23 @@ class Reporter:
         self.pending: tuple[int, dict[str, jax.Array], int] | None = None
         self.nonfinite_streak = 0  # up to the last step reported
 
-    def report(self) -> None:
-        """Write and show the pending step, if there is one.
+    def report(self) -> tuple[int, dict] | None:
+        """Write and show the pending step, if there is one; return it and its figures.
 
-        Raise Diverged after too many non-finite steps in a row.
+        There are no figures where its batch was left out. Raise Diverged after too many non-finite
+        steps in a row.
         """
         if self.pending is None:
-            return
+            return None
         # Cleared first: a step must not be reported twice when the report raises.
         step, metrics, sequences = self.pending
         self.pending = None
         train = self.config.train
         meter = self.meter
+        if not metrics:
+            self.bar.update()
+            meter.restart()
+            return step, {}
         # This waits for the step. It is called after the next one was started, so the device stays
         # busy.
         values = {key: value.tolist() for key, value in jax.device_get(metrics).items()}
@@ -210,8 +221,9 @@ class Reporter:
         self.nonfinite_streak = values["nonfinite_streak"]
         name = "nonprivate_loss" if self.ledger else loss_name(train, stage)
         spent = self.ledger.row(step + 1) if self.ledger else {}
-        # Non-finite steps are always recorded, since they are what a reader looks for.
-        if (step + 1) % train.log_every == 0 or step + 1 == train.steps or self.nonfinite_streak:
+        # What a reader looks for is always recorded.
+        unusual = self.nonfinite_streak or values.get("is_spike")
+        if (step + 1) % train.log_every == 0 or step + 1 == train.steps or unusual:
             self.log.write(
                 {
                     "kind": "train",
@@ -239,6 +251,7 @@ class Reporter:
                 f"epsilon {spent['epsilon']:.2f}" if spent else "",
                 f"{meter.rate:,.0f} tokens/s" if meter.rate else "",
                 f"{values['nonfinite_total']} skipped" if values["nonfinite_total"] else "",
+                f"{values['spikes_total']} spikes" if values.get("spikes_total") else "",
                 f"stage {stage.name}",
                 "" if meter.mfu is None else f"MFU {meter.mfu:.0%}",
             ],
@@ -252,6 +265,15 @@ class Reporter:
                 f"loss or gradient was not finite for {self.nonfinite_streak} steps in a row, "
                 f"up to step {step + 1}"
             )
+        return step, values
+
+    def restart(self, first: int) -> None:
+        """Go on after step ``first``: what came after it is undone."""
+        self.pending = None
+        self.nonfinite_streak = 0
+        self.meter.restart()
+        self.log.drop_after(first)
+        self.bar.update(first - self.bar.n)
 
     def is_healthy(self, done: int, result: dict, stopping: bool = False) -> bool:
         """Return whether the state after step ``done`` should be saved.

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from mtnlg_jax import compat
 from mtnlg_jax.config import Config
-from mtnlg_jax.train import averages, expert_loads, lora, offload, quantized_base
+from mtnlg_jax.train import averages, expert_loads, lora, offload, quantized_base, spike_rule
 from mtnlg_jax.train.distill import Distillation
 from mtnlg_jax.train.executables import KeptStep
 from mtnlg_jax.train.gradients import make_loss_and_gradients
@@ -41,9 +41,9 @@ def make_train_step(
     state. ``batch`` holds arrays (M, B, S), of which ``micro_batches`` (of M) and ``sequences`` are
     in use; see `inputs.batch_at`. ``rate_scale`` is the factor on the learning rate in this stage.
     With a ``distillation`` the teacher's parameters are one more argument, the last; with
-    differential privacy `privacy.noise_key` is. A step whose loss or gradient norm is not finite
-    changes only the counters. With differential privacy only the noised gradients decide: to skip
-    by anything else would tell of single examples.
+    differential privacy `privacy.noise_key` is. A spike (`spike_rule`) and a step
+    whose loss or gradient norm is not finite change only the counters. With differential privacy
+    only the noised gradients decide: to skip by anything else would tell of single examples.
 
     Args:
       causal: whether attention is causal, as for the causal objective, or bidirectional.
@@ -83,12 +83,13 @@ def make_train_step(
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
         # A gradient may overflow although the loss is finite, so both are checked.
         finite = (private or jnp.isfinite(loss)) & jnp.isfinite(grad_norm)
+        taken, parts, spiked = spike_rule.judge(config, causal, state, loss, grad_norm, finite)
 
         # The schedule follows the samples at the end of the step, so that the first step of a
         # warm-up does not have rate 0.
         samples = state.samples + sequences
         rate, updates, opt_state = update(
-            grads, state.opt_state, trained, samples, rate_scale, finite
+            grads, state.opt_state, trained, samples, rate_scale, taken
         )
         with jax.named_scope("optimizer"):  # planning.timeline finds it by this name
             params = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
@@ -97,7 +98,7 @@ def make_train_step(
 
         # An elementwise selection, not a branch: the update is always computed, and a NaN in it is
         # not selected.
-        select = functools.partial(offload.select, finite)
+        select = functools.partial(offload.select, taken)
 
         # The counters always advance: the data of a non-finite step is not read again.
         new_state = TrainState(
@@ -107,7 +108,7 @@ def make_train_step(
             samples=samples,
             nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),
             nonfinite_total=state.nonfinite_total + ~finite,
-            extras=select(averages.updated(config, state, params), state.extras),
+            extras=parts | select(averages.updated(config, state, params), averages.held(state)),
         )
         metrics = {
             "loss": loss,
@@ -115,7 +116,7 @@ def make_train_step(
             "learning_rate": rate,
             "nonfinite_streak": new_state.nonfinite_streak,
             "nonfinite_total": new_state.nonfinite_total,
-            **figures,
+            **(figures | spiked),
         }
         if counting:
             metrics |= expert_loads.metrics_of(loads[0], moe)
@@ -127,20 +128,19 @@ def make_train_step(
 
 
 def make_update(config: Config, mesh: Mesh, total_samples: int | None) -> Callable:
-    """Return (gradients, optimizer state, trained parameters, samples, rate_scale, finite) ->
+    """Return (gradients, optimizer state, trained parameters, samples, rate_scale, taken) ->
     (rate, updates, new optimizer state) of a step that ends after ``samples``.
 
-    The step subtracts rate x update. Where the gradients are not ``finite`` (bool), all of it is
-    dropped.
+    The step subtracts rate x update. Where it is not ``taken`` (bool), all of it is dropped.
     """
     optimizer = optimizer_of(config, mesh)
 
-    def update(grads, opt_state, trained, samples, rate_scale, finite):
+    def update(grads, opt_state, trained, samples, rate_scale, taken):
         rate = learning_rate(config, samples, total_samples) * rate_scale
         # Clipping acts inside the optimizer. The decoupled weight decay is part of the updates, so
         # the rate scales it as well.
         with jax.named_scope("optimizer"):
-            return rate, *optimizer.update(grads, opt_state, trained, finite=finite)
+            return rate, *optimizer.update(grads, opt_state, trained, finite=taken)
 
     return update
 

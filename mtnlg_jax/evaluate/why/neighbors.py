@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mtnlg_jax.train import spikes
 from mtnlg_jax.train.metrics import training_loss
 
 REACH = 10  # neighbors on either side
@@ -49,10 +50,13 @@ class Recorded(NamedTuple):
 
 
 def recorded_steps(records: Sequence[dict]) -> list[Recorded]:
-    """Return the training records of a metrics.jsonl by step; of a step that ran twice the last."""
+    """Return the training records of a metrics.jsonl by step; of a step that ran twice the last.
+
+    Of a spike whose batch was left out there is the record of the time when it was met.
+    """
     found = {}
     for record in records:
-        if record["kind"] == "train":
+        if record["kind"] in ("train", spikes.KIND):
             norm = record.get("grad_norm")
             norm = norm if isinstance(norm, int | float) else math.nan
             figures = {"loss": training_loss(record)[1], "grad_norm": float(norm)}

@@ -13,13 +13,14 @@ import numpy as np
 
 from mtnlg_jax.config import Config, MeshConfig, validate, validate_batch
 from mtnlg_jax.evaluate.why import programs, states
-from mtnlg_jax.evaluate.why.batch import Document, StepBatch
 from mtnlg_jax.evaluate.why.settings import Settings
 from mtnlg_jax.parallel.mesh import make_mesh, mesh_shape, row_shards
-from mtnlg_jax.train import init_from
+from mtnlg_jax.train import init_from, spikes
 from mtnlg_jax.train.inputs import Data, batch_at, load_data, resolve
 from mtnlg_jax.train.schedule import batch_size_at, is_masked, samples_at_end, stage_at
 from mtnlg_jax.train.step import make_train_step
+from mtnlg_jax.train.step_batch import Document, StepBatch
+from mtnlg_jax.train.token_losses import make_token_losses
 
 
 class Part(NamedTuple):
@@ -42,6 +43,7 @@ class Opened:
         """``step``: done ones before the step. ``entries`` are those of `Settings`."""
         self.workdir = workdir
         self.settings = Settings(workdir, entries)
+        self.left_out = states.left_out(workdir, step)
         config = self.settings.at(step)
         if step >= config.train.steps:
             raise ValueError(
@@ -85,7 +87,7 @@ class Opened:
         self, found: states.Found, step: int, on_step: Callable[[int, dict], None]
     ) -> states.Found:
         """Run the true steps from the state to ``step``, and call ``on_step`` with each one's
-        number and metrics. The state is donated."""
+        number and metrics. The state is donated. Batches that the run left out are left out."""
         state = found.state
         samples = int(state.samples)
         made: dict[tuple, Any] = {}
@@ -95,6 +97,11 @@ class Opened:
             if self.settings.begins(each):
                 # A start of the run fixes the length of its schedule.
                 total = self._total(each, samples)
+            if (each + 1, samples) in self.left_out:
+                used = batch_size_at(config.train, samples)
+                state = spikes.pass_over(state, used, is_spike=False)
+                samples += used
+                continue
             number, _, stage = stage_at(config.train, each)
             kind, teacher = init_from.teacher_of(self.teachers, number)
             masked = is_masked(config.train, each)
@@ -133,7 +140,7 @@ class Replayed:
         causal = not self.batch.masked
         sparse = run.data.has_answers
         self._gradients = programs.make_gradients(config, run.mesh, causal, options, sparse)
-        self._token_losses = programs.make_token_losses(config, run.mesh, causal)
+        self._token_losses = make_token_losses(config, run.mesh, causal)
         # As in `train.step`: dropout depends on the seed and the step alone.
         step_key = jax.random.fold_in(jax.random.key(config.train.seed), step)
         self._key = jax.random.key_data(step_key)

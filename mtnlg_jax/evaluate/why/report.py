@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from mtnlg_jax.evaluate.inside.pages import token_texts
-from mtnlg_jax.evaluate.why.batch import Document
 from mtnlg_jax.evaluate.why.neighbors import REACH, Deviation, Recorded
 from mtnlg_jax.evaluate.why.replay import Replayed
 from mtnlg_jax.evaluate.why.suspects import Suspect
+from mtnlg_jax.train.step_batch import Document
 
 SHOWN = 400  # characters of a document's text
 TOP_TOKENS = 8
@@ -28,12 +28,6 @@ _GROUPS = (
     ("mlm", "head"),
     ("final_norm", "final norm"),
 )
-
-
-def source_name(step: Replayed, document: Document) -> str:
-    """Return the prepared folder, or Megatron's prefix, of a document."""
-    location = str(step.batch.batches.sources[document.source].location)
-    return location.removesuffix("/train")
 
 
 def pieces_of(
@@ -112,7 +106,7 @@ def document_row(step: Replayed, suspect: Suspect, losses: np.ndarray) -> dict[s
                 tokens.append({"token": shown, "loss": loss, "row": row, "behind": before})
     tokens.sort(key=lambda each: -each["loss"])
     return {
-        "source": source_name(step, part.document),
+        "source": step.batch.source_name(part.document),
         "document": part.document.number,
         "rows": list(part.rows),
         "tokens": part.tokens,
@@ -134,7 +128,7 @@ def sources_of(step: Replayed, losses: np.ndarray) -> list[dict[str, Any]]:
     """Return documents, predicted tokens and mean loss of the batch by source."""
     found: dict[str, dict[str, Any]] = {}
     for document, places in step.batch.documents.items():
-        name = source_name(step, document)
+        name = step.batch.source_name(document)
         entry = found.setdefault(name, {"source": name, "documents": 0, "tokens": 0, "loss": 0.0})
         own = losses[tuple(places.T)]
         entry["documents"] += 1

@@ -8,7 +8,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config
-from mtnlg_jax.train import checkpoint_arrays, extras, init_from, manifest
+from mtnlg_jax.train import checkpoint_arrays, extras, init_from, manifest, spikes
 from mtnlg_jax.train.inputs import Data
 from mtnlg_jax.train.loop import identity_of_data
 from mtnlg_jax.train.state import TrainState, abstract_state, init_state, renew
@@ -25,6 +25,17 @@ class Found(NamedTuple):
 def kept_steps(workdir: str) -> list[int]:
     """Return the steps of the checkpoints of a run, ascending."""
     return manifest.finished(epath.Path(workdir).absolute() / "checkpoints")
+
+
+def left_out(workdir: str, before: int) -> set[tuple[int, int]]:
+    """Return (step from 1, samples before it) of the batches that a run had left out when it first
+    met the step after ``before`` done ones."""
+    folder = epath.Path(workdir).absolute() / "checkpoints"
+    kept = kept_steps(workdir)
+    record = manifest.read_record(folder / str(kept[-1]))[0] if kept else None
+    records = spikes.recorded(workdir, record["meta"] if record else {})
+    # A spike was met before it was left out.
+    return spikes.left_out([each for each in records if each["step"] != before + 1])
 
 
 def choose(

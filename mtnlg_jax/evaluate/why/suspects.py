@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 
-from mtnlg_jax.evaluate.why.batch import Document
 from mtnlg_jax.evaluate.why.neighbors import Deviation
 from mtnlg_jax.evaluate.why.replay import Part, Replayed
+from mtnlg_jax.train.step_batch import Document
 
 # Without neighbors, a change of this share of a figure counts as one deviation.
 _SHARE = 0.05
@@ -35,24 +35,16 @@ def choose_documents(step: Replayed, losses: np.ndarray, most: int) -> list[Docu
     those in the rows with the largest gradients, which takes a pass over the rows.
     """
     batch = step.batch
-    weights = {document: batch.weight(document) for document in batch.documents}
-    documents = [document for document, weight in weights.items() if weight > 0]
+    documents = batch.by_excess(losses)
     if len(documents) <= most:
         return documents
-    predicted = batch.rows["weights"] > 0
-    mean = float(np.mean(losses[predicted & np.isfinite(losses)]))
-
-    def excess(document: Document) -> float:
-        own = losses[batch.mask(document) & predicted]
-        # A loss that is not finite is the first to look at.
-        return float(own.sum()) - mean * len(own) if np.isfinite(own).all() else math.inf
-
-    chosen = sorted(documents, key=excess, reverse=True)[: (most + 1) // 2]
+    chosen = documents[: (most + 1) // 2]
     norms = step.row_norms()
     largest = {
         document: norms[np.unique(batch.documents[document][:, 0])].max() for document in documents
     }
-    for document in sorted(documents, key=lambda each: (-largest[each], -excess(each))):
+    # Sorting keeps the order of equal ones.
+    for document in sorted(documents, key=lambda each: -largest[each]):
         if len(chosen) < most and document not in chosen:
             chosen.append(document)
     return chosen

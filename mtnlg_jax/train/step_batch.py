@@ -4,6 +4,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -86,6 +87,29 @@ class StepBatch:
         for at, key in enumerate(keys):
             found.setdefault(Document(*key), []).append((row[at], position[at]))
         return {key: np.array(places, np.int64) for key, places in found.items()}
+
+    def source_name(self, document: Document) -> str:
+        """Return the prepared folder, or Megatron's prefix, of a document."""
+        location = str(self.batches.sources[document.source].location)
+        return location.removesuffix("/train")
+
+    def by_excess(self, losses: np.ndarray) -> list[Document]:
+        """Return the documents with a predicted token, those first that raise the mean loss most.
+
+        ``losses`` (sequences, S) are those of each token. Documents with a loss that is not finite
+        come first.
+        """
+        weights = self.rows["weights"]
+        used = losses[(weights > 0) & np.isfinite(losses)]
+        mean = float(used.mean()) if used.size else 0.0
+
+        def excess(document: Document) -> float:
+            at = tuple(self.documents[document].T)
+            own = losses[at][weights[at] > 0]
+            return float(own.sum()) - mean * len(own) if np.isfinite(own).all() else math.inf
+
+        documents = [document for document in self.documents if self.weight(document) > 0]
+        return sorted(documents, key=excess, reverse=True)
 
     def mask(self, document: Document) -> np.ndarray:
         """Return which tokens of the rows are of ``document``, bool (sequences, S)."""
