@@ -1,0 +1,104 @@
+"""The inputs of a certificate: text of random words, prepared as a user's, and lively parameters."""
+
+# Shapes: B rows, S query positions
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtnlg_jax.certify.models import VOCABULARY
+from mtnlg_jax.config import Config, DataConfig, PrefixConfig
+from mtnlg_jax.data.batches import Batches
+from mtnlg_jax.data.prepare import prepare
+from mtnlg_jax.model.params import name_of
+from mtnlg_jax.train.inputs import Data, load_data
+from mtnlg_jax.train.state import init_state
+
+_WORDS = 60
+_DOCUMENTS = 120
+_LETTERS = list("etaoinshrdlu")
+# Standard deviation of what is added to each trained parameter. New biases and adapters are 0 and
+# new scales 1, where many a wrong sum has no effect.
+_SHAKE = 0.1
+
+
+def write_data(folder: str, seed: int) -> str:
+    """Prepare documents of random words in ``folder``, and return the folder of the tokens."""
+    rng = np.random.default_rng(seed)
+    words = ["".join(rng.choice(_LETTERS, rng.integers(2, 7))) for _ in range(_WORDS)]
+    lines = [" ".join(rng.choice(words, rng.integers(4, 30))) + "." for _ in range(_DOCUMENTS)]
+    # A blank line ends a document, so that rows have several.
+    path = os.path.join(folder, "words.txt")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\n\n".join(lines) + "\n")
+    prepared = os.path.join(folder, "data")
+    prepare(path, prepared, vocab_size=VOCABULARY, heldout=0.0, seed=seed, progress=False)
+    return prepared
+
+
+class _Prefixed:
+    """Batches with random images or features ahead of every other row."""
+
+    def __init__(self, batches: Batches, prefix: PrefixConfig):
+        self._batches = batches
+        self._prefix = prefix
+        self.has_answers = batches.has_answers
+
+    def rows(self, samples: np.ndarray) -> dict[str, np.ndarray]:
+        rows = self._batches.rows(samples)
+        prefix = self._prefix
+        # Seeded by the sample, as the tokens are.
+        draws = [np.random.default_rng((1, int(sample))) for sample in samples]
+        if prefix.image_size:
+            found = [rng.integers(0, 256, prefix.shape, np.uint8) for rng in draws]
+        else:
+            found = [rng.normal(size=prefix.shape).astype(np.float32) for rng in draws]
+        prefixed = (np.asarray(samples) % 2 == 0).astype(np.int32)
+        # Its positions belong to the document that follows, and none of them is predicted.
+        rows["segment_ids"] = np.where(
+            prefixed[:, None] & (np.arange(rows["tokens"].shape[1]) < prefix.positions)[None],
+            rows["segment_ids"][:, prefix.positions, None],
+            rows["segment_ids"],
+        )
+        answers = (np.arange(rows["tokens"].shape[1])[None] >= prefix.positions) | (
+            prefixed[:, None] == 0
+        )
+        return rows | {
+            "prefix": np.stack(found),
+            "prefixed": prefixed,
+            "answers": answers.astype(np.int32),
+        }
+
+
+def open_data(config: Config) -> Data:
+    """Open the data of the small ``config`` as a run does."""
+    data = load_data(config)
+    prefix = config.model.prefix
+    if prefix.positions and not config.optimizer.private:
+        stages: Any = tuple(_Prefixed(each, prefix) for each in data.stages)
+        data = dataclasses.replace(data, stages=stages)
+    return data
+
+
+def parameters_of(config: Config) -> Any:
+    """Return the parameters of a run's start as NumPy arrays, each moved by random numbers.
+
+    ``config`` is on one device. Codes of a quantized base stay as they are.
+    """
+    from mtnlg_jax.parallel.mesh import make_mesh
+
+    state = init_state(config, make_mesh(config.mesh, jax.devices()[:1]))
+
+    def one(path: Any, leaf: jax.Array) -> np.ndarray:
+        name = name_of(path)
+        found = np.asarray(leaf)
+        if "quantized" in name:
+            return found
+        # By name and seed, so that no other parameter changes the draw.
+        rng = np.random.default_rng([config.train.seed, *name.encode()])
+        return found + np.float32(_SHAKE) * rng.standard_normal(found.shape, np.float32)
+
+    return jax.tree_util.tree_map_with_path(one, state.params)
