@@ -39,6 +39,7 @@ class Certificate:
     left_out: dict[str, str]  # check -> why
     suspects: list[str]  # tensors that may be wrong in the plan
     seconds: float
+    processor_seconds: float  # other load does not change it
 
     @property
     def within(self) -> bool:
@@ -57,6 +58,7 @@ def certify(config: Config, devices: int = 8, say: Say = lambda text: None) -> C
     Raises ValueError before any work where the config cannot be brought down to them.
     """
     began = time.perf_counter()
+    busy = time.process_time()
     available = jax.device_count()
     if devices > available:
         raise ValueError(
@@ -80,6 +82,7 @@ def certify(config: Config, devices: int = 8, say: Say = lambda text: None) -> C
         found.left_out,
         list(dict.fromkeys(found.suspects)),
         time.perf_counter() - began,
+        time.process_time() - busy,
     )
 
 
@@ -167,33 +170,30 @@ class _Maker:
             self._failed(figures.LOSS, "loss", types, error, **where)
             return
         # In a ramp there are two batches, of which the larger difference is told.
-        loss = max(
-            figures.loss_difference(one.loss, other.loss)
-            for one, other in zip(got, wanted, strict=True)
-        )
-        limit = self._tolerance(figures.LOSS, types)
-        line = Figure(
-            figures.LOSS, "loss", **where, types=types.name, difference=loss, tolerance=limit
-        )
-        self.figures.append(line)
-        differences: dict[str, float] = {}
+        loss = 0.0
+        tensors: dict[str, float] = {}
+        loads: list[float] = []
         for one, other in zip(got, wanted, strict=True):
-            each = figures.tensor_differences(one.gradients, other.gradients)
-            differences = {
-                name: max(each[name], differences.get(name, 0.0), key=_with_nan) for name in each
-            }
-        limit = self._tolerance(figures.GRADIENT, types)
-        self.figures += [
-            Figure(
-                figures.GRADIENT,
-                name,
-                **where,
-                types=types.name,
-                difference=difference,
-                tolerance=limit,
+            loss = max(loss, figures.loss_difference(one.loss, other.loss), key=_with_nan)
+            each = figures.tensor_differences(one.gradients, other.gradients, types)
+            for name, difference in each.items():
+                tensors[name] = max(difference, tensors.get(name, 0.0), key=_with_nan)
+            if one.loads is not None and other.loads is not None:
+                loads.append(figures.largest_relative(one.loads, other.loads))
+
+        def add(check: str, name: str, difference: float) -> Figure:
+            limit = self._tolerance(check, types)
+            line = Figure(
+                check, name, **where, types=types.name, difference=difference, tolerance=limit
             )
-            for name, difference in differences.items()
-        ]
+            self.figures.append(line)
+            return line
+
+        line = add(figures.LOSS, "loss", loss)
+        for name, difference in tensors.items():
+            add(figures.GRADIENT, name, difference)
+        if loads:
+            add(figures.LOADS, "all layers", max(loads))
         if not line.within and types == figures.STRICT:
             self._say(f"the loss differs: looking for the tensor on {where['mesh']}")
 

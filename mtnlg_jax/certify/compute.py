@@ -1,5 +1,7 @@
 """Loss and gradients of the small copy on one mesh, by the code of the train step."""
 
+# Shapes: L layers, E experts
+
 import dataclasses
 import functools
 import math
@@ -24,7 +26,6 @@ from mtnlg_jax.train.schedule import loss_name
 from mtnlg_jax.train.state import state_shardings
 
 ONE_DEVICE = dict.fromkeys(AXES, 1)
-LOADS = "tokens of each expert"
 
 
 class Objective(NamedTuple):
@@ -40,6 +41,7 @@ class Result(NamedTuple):
 
     loss: float
     gradients: dict[str, np.ndarray]
+    loads: np.ndarray | None  # tokens of each expert, (L, E); None without experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +174,6 @@ class Computation:
         for batch, count in self._batches.values():
             loss, gradients, *loads = self._run(placed, batch, count, key, *self._last)
             named = {name: np.asarray(leaf) for name, leaf in names_of(gradients).items()}
-            if loads:
-                named[LOADS] = np.asarray(loads[0])
-            results.append(Result(float(loss), named))
+            counts = np.asarray(loads[0]) if loads else None
+            results.append(Result(float(loss), named, counts))
         return results

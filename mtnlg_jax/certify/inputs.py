@@ -1,8 +1,8 @@
-"""The inputs of a certificate: text of random words, prepared as a user's, and lively parameters."""
-
-# Shapes: B rows, S query positions
+"""The inputs of a certificate: text of random words, prepared as a user's is, and parameters away
+from where they start."""
 
 import dataclasses
+import math
 import os
 from typing import Any
 
@@ -10,19 +10,20 @@ import jax
 import numpy as np
 
 from mtnlg_jax.certify.models import VOCABULARY
-from mtnlg_jax.config import Config, DataConfig, PrefixConfig
+from mtnlg_jax.config import Config, PrefixConfig
 from mtnlg_jax.data.batches import Batches
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.model.params import name_of
+from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train.inputs import Data, load_data
 from mtnlg_jax.train.state import init_state
 
 _WORDS = 60
 _DOCUMENTS = 120
 _LETTERS = list("etaoinshrdlu")
-# Standard deviation of what is added to each trained parameter. New biases and adapters are 0 and
-# new scales 1, where many a wrong sum has no effect.
-_SHAKE = 0.1
+# Standard deviation of what is added to each trained parameter, times the root of the width. New
+# biases and adapters are 0 and new scales 1, where many a wrong sum has no effect.
+_SHAKE = 0.5
 
 
 def write_data(folder: str, seed: int) -> str:
@@ -88,8 +89,7 @@ def parameters_of(config: Config) -> Any:
 
     ``config`` is on one device. Codes of a quantized base stay as they are.
     """
-    from mtnlg_jax.parallel.mesh import make_mesh
-
+    deviation = np.float32(_SHAKE / math.sqrt(config.model.hidden_size))
     state = init_state(config, make_mesh(config.mesh, jax.devices()[:1]))
 
     def one(path: Any, leaf: jax.Array) -> np.ndarray:
@@ -99,6 +99,6 @@ def parameters_of(config: Config) -> Any:
             return found
         # By name and seed, so that no other parameter changes the draw.
         rng = np.random.default_rng([config.train.seed, *name.encode()])
-        return found + np.float32(_SHAKE) * rng.standard_normal(found.shape, np.float32)
+        return found + deviation * rng.standard_normal(found.shape, np.float32)
 
     return jax.tree_util.tree_map_with_path(one, state.params)

@@ -9,8 +9,8 @@ import itertools
 import math
 from typing import Any, NamedTuple
 
-from mtnlg_jax.config import Config, LayerSpec, MeshConfig, ModelConfig, MoEConfig, PrefixConfig
 from mtnlg_jax.certify.meshes import Sizes
+from mtnlg_jax.config import Config, LayerSpec, MeshConfig, ModelConfig, MoEConfig, PrefixConfig
 
 VOCABULARY = 300  # tokens of the tokenizer of the small data
 LENGTH = 32  # fewest tokens in a row
@@ -110,7 +110,7 @@ def _heads(model: ModelConfig, mesh: MeshConfig, parts: Parts) -> tuple[int, int
         else:
             own = groups // parts.tensor
             fits &= groups % parts.tensor == 0 and own >= min(each, 2 if ratio == 1 else 1)
-            if parts.context > 1 and mesh.context_mode != "gather":
+            if parts.context > 1 and mesh.context_mode in ("auto", "ulysses"):
                 fits &= (own % parts.context == 0) == exchanged
         if fits or groups > 64 * parts.tensor:
             return groups * ratio, groups

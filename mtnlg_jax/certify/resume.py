@@ -27,9 +27,9 @@ from mtnlg_jax.train.state import TrainState, abstract_state, init_state, state_
 from mtnlg_jax.train.step import make_train_step
 
 SAVED = STEPS // 2
-CHECKS = (figures.RESTORED, figures.NEXT, figures.MOMENTS)
-# What a step tells that must not depend on the mesh.
-_TOLD = ("loss", "grad_norm")
+CHECKS = (figures.RESTORED, figures.NEXT, figures.NORMS, figures.MOMENTS)
+# What a step tells that must not depend on the mesh: name in its metrics -> check.
+_TOLD = {"loss": figures.NEXT, "grad_norm": figures.NORMS}
 
 
 class SmallRun:
@@ -53,18 +53,21 @@ class SmallRun:
     def abstract(self) -> TrainState:
         return abstract_state(self.config, self.mesh)
 
-    def go_on(self, state: TrainState, first: int, last: int) -> tuple[TrainState, np.ndarray]:
-        """Return (the state after steps ``first`` to ``last`` - 1, their losses and gradient
-        norms)."""
-        told = []
+    def go_on(
+        self, state: TrainState, first: int, last: int
+    ) -> tuple[TrainState, dict[str, list[float]]]:
+        """Return (the state after steps ``first`` to ``last`` - 1, what each of them tells by the
+        check that it is for)."""
+        told: dict[str, list[float]] = {check: [] for check in _TOLD.values()}
         for step in range(first, last):
             batch = batch_at(self.config, self.mesh, self.data, step, int(state.samples))
             number, _, stage = stage_at(self.config.train, step)
             program, rest = self._program(number, is_masked(self.config.train, step))
             scale = float(stage.learning_rate_scale)
             state, metrics = program(state, *batch, scale, *rest)
-            told += [float(metrics[name]) for name in _TOLD]
-        return state, np.array(told)
+            for name, check in _TOLD.items():
+                told[check].append(float(metrics[name]))
+        return state, told
 
     def _program(self, number: int, masked: bool) -> tuple[Any, tuple]:
         """Return (the jitted step of stage ``number``, its last arguments)."""
@@ -103,6 +106,7 @@ def moved(
     config = stays.config
     state, _ = stays.go_on(stays.start(params), 0, SAVED)
     identity = identity_of_data(config, stays.data)
+    found: list[Figure] = []
     with closing(Checkpoints(os.path.join(folder, "checkpoints"))) as checkpoints:
         meta = {
             "config": json.loads(to_json(config)),
@@ -115,45 +119,27 @@ def moved(
         saved = {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
         state, told = stays.go_on(state, SAVED, STEPS)
         moments = _moments(state)
-        found = []
-        for name, run in others.items():
-            where = f"{mesh} -> {name}"
-            line = functools.partial(Figure, mesh=where, objective="", types=types.name)
+        for place, run in others.items():
+            where = f"{mesh} -> {place}"
+
+            def add(check: str, name: str, difference: float, where: str = where) -> None:
+                limit = tolerances[check]
+                found.append(Figure(check, name, where, "", types.name, difference, limit))
+
             refuse = functools.partial(changes.refuse_changes, config=run.config)
             restored = checkpoints.restore(run.abstract(), identity, refuse)
             assert restored is not None, "it was saved just now"
             state = restored[1]
-            for part, leaf in flatten(state).items():
-                difference = figures.differing_bits(leaf, saved[part])
-                found.append(
-                    line(
-                        figures.RESTORED,
-                        part,
-                        difference=difference,
-                        tolerance=tolerances[figures.RESTORED],
-                    )
-                )
+            for name, leaf in flatten(state).items():
+                add(figures.RESTORED, name, figures.differing_bits(leaf, saved[name]))
             state, again = run.go_on(state, SAVED, STEPS)
-            difference = max(map(figures.loss_difference, again, told))
-            found.append(
-                line(
-                    figures.NEXT,
-                    "losses and gradient norms",
-                    difference=difference,
-                    tolerance=tolerances[figures.NEXT],
-                )
-            )
+            for check, wanted in told.items():
+                for step, (one, other) in enumerate(zip(again[check], wanted, strict=True), SAVED):
+                    add(check, f"step {step}", figures.loss_difference(one, other))
             for kind, arrays in _moments(state).items():
-                differences = figures.tensor_differences(arrays, moments[kind])
-                found += [
-                    line(
-                        figures.MOMENTS,
-                        f"{kind} {part}",
-                        difference=each,
-                        tolerance=tolerances[figures.MOMENTS],
-                    )
-                    for part, each in differences.items()
-                ]
+                each = figures.tensor_differences(arrays, moments[kind], types)
+                for name, difference in each.items():
+                    add(figures.MOMENTS, f"{kind} {name}", difference)
     return found
 
 

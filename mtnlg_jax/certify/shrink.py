@@ -198,10 +198,7 @@ def _notes(
         before = f"data -1{'' if before == 'one device' else f' x {before}'}"
     notes = [
         f"mesh    {before} -> {'; '.join(map(small.text_of, found))}",
-        f"model   {old.num_layers} layers, width {old.hidden_size}, {old.num_attention_heads} heads "
-        f"({old.kv_heads} of keys), rows of {config.sequence_length} -> {new.num_layers}, "
-        f"{new.hidden_size}, {new.num_attention_heads} ({new.kv_heads}), "
-        f"{copied.sequence_length}",
+        f"model   {_shape(config)} -> {_shape(copied)}",
         f"batch   {config.train.global_batch_size} -> {copied.train.global_batch_size} rows, "
         f"micro-batches of {copied.train.micro_batch_size or 'a shard'}; {STEPS} steps",
     ]
@@ -230,3 +227,14 @@ def _notes(
         pairs = ", ".join(small.covered_pairs(found))
         notes.append(f"pairs   {pairs}: each on one of {len(found)} meshes")
     return notes
+
+
+def _shape(config: Config) -> str:
+    model = config.model
+    heads = f"{model.num_attention_heads} heads"
+    if model.kv_heads != model.num_attention_heads:
+        heads += f" on {model.kv_heads}"
+    return (
+        f"{model.num_layers} layers, width {model.hidden_size}, {heads}, rows of "
+        f"{config.sequence_length}"
+    )
