@@ -47,11 +47,13 @@ def odd_specs(config: Config) -> dict[str, str]:
     return found
 
 
-def suspects(params: Any, agrees: Callable[[Any], bool]) -> list[str]:
-    """Return the tensors without which ``agrees(params)`` holds, where it does not hold with them.
+def suspects(params: Any, agrees: Callable[[Any, str], bool]) -> list[str]:
+    """Return the tensors without which a mesh computes what one device computes, where it does not
+    with them.
 
     Each in turn becomes a constant, the mean of its numbers: then it is the same however it is
-    split.
+    split. ``agrees`` tells, for such parameters and the name of that tensor, whether the loss and
+    all other gradients agree.
     """
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -62,6 +64,6 @@ def suspects(params: Any, agrees: Callable[[Any], bool]) -> list[str]:
         def leveled(other: Any, each: np.ndarray, name: str = name) -> np.ndarray:
             return np.full_like(each, each.mean()) if name_of(other) == name else each
 
-        if agrees(jax.tree_util.tree_map_with_path(leveled, params)):
+        if agrees(jax.tree_util.tree_map_with_path(leveled, params), name):
             found.append(name)
     return found

@@ -30,18 +30,22 @@ class Parts(NamedTuple):
     expert: int
     context: int
     tensor: int
+    compared: int  # tensor, of the meshes that loss and gradients are computed on
 
 
-def parts_of(meshes: list[Sizes]) -> Parts:
-    """Return the parts of all ``meshes`` together."""
+def parts_of(compared: list[Sizes], other: Sizes | None = None) -> Parts:
+    """Return the parts of the meshes that are ``compared`` and of the ``other`` one, to which a run
+    moves."""
+    meshes = compared if other is None else [*compared, other]
 
-    def least(*axes: str) -> int:
+    def least(meshes: list[Sizes], *axes: str) -> int:
         return math.lcm(*(math.prod(sizes[axis] for axis in axes) for sizes in meshes))
 
-    rows = least("data", "expert")
-    return Parts(
-        least("pipe"), least("data"), rows, least("expert"), least("context"), least("tensor")
+    rows = least(meshes, "data", "expert")
+    pipe, data, expert, context, tensor = (
+        least(meshes, axis) for axis in ("pipe", "data", "expert", "context", "tensor")
     )
+    return Parts(pipe, data, rows, expert, context, tensor, least(compared, "tensor"))
 
 
 def up_to(number: float, unit: int) -> int:
@@ -103,12 +107,11 @@ def _heads(model: ModelConfig, mesh: MeshConfig, parts: Parts) -> tuple[int, int
     for groups in itertools.count(1):
         fits = groups * ratio % parts.tensor == 0
         if whole:
-            fits &= groups < parts.tensor and parts.tensor % groups == 0
+            fits &= groups < parts.compared and parts.compared % groups == 0
             # With other sizes of tensor no number of heads may be whole.
-            if groups >= parts.tensor:
-                whole = False
+            whole &= groups < parts.compared
         else:
-            own = groups // parts.tensor
+            own = groups // parts.compared
             fits &= groups % parts.tensor == 0 and own >= min(each, 2 if ratio == 1 else 1)
             if parts.context > 1 and mesh.context_mode in ("auto", "ulysses"):
                 fits &= (own % parts.context == 0) == exchanged

@@ -148,7 +148,7 @@ def _verdict(certificate: Certificate) -> list[str]:
     outside.sort(key=lambda each: (each.check != figures.GRADIENT, -_size(each)))
     for each in outside[:_SHOWN]:
         where = ", ".join(filter(None, [each.objective, each.types, each.mesh]))
-        told = each.problem or f"{_cell(each)} is above {_number(each.tolerance)}"
+        told = each.problem or f"{_number(_size(each))} is above {_number(each.tolerance)}"
         lines.append(f"  {each.check} {each.name} ({where}): {told}")
     if len(outside) > _SHOWN:
         lines.append(f"  and {len(outside) - _SHOWN} more")

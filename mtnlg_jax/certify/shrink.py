@@ -64,8 +64,8 @@ def small_copy(config: Config, devices: int, data: str = "") -> Copy:
     Raises ValueError where the mesh cannot be brought down, or the copy is not a valid config.
     """
     found = small.small_meshes(config.mesh, devices)
-    other = _other(config, found, parts_of(found))
-    parts = parts_of([*found, other])
+    other = _other(config, found)
+    parts = parts_of(found, other)
     copied = _copied(config, found[0], parts, data)
     teacher = _teacher(config, copied, parts)
     copy = Copy(copied, found, other, _notes(config, copied, found, teacher), teacher)
@@ -83,14 +83,13 @@ def check(config: Config, sizes: Sizes) -> None:
         local_shape(row.path, row.dims, row.shape, sizes, config.mesh.zero)
 
 
-def _other(config: Config, found: list[Sizes], parts: Parts) -> Sizes:
+def _other(config: Config, found: list[Sizes]) -> Sizes:
     """Return a mesh unlike the first of ``found`` on which the small copy is valid."""
-    for sizes in small.other_meshes(found[0]):
-        together = parts_of([*found, sizes])
-        # Sizes that the copy itself would have to grow for are no proof of the config.
-        if together.tensor > 2 * parts.tensor:
-            continue
-        candidate = _copied(config, sizes, together, "")
+    candidates = small.other_meshes(found[0])
+    # First those for which heads need not grow, and one device last: a run moves there anyway.
+    candidates.sort(key=lambda sizes: (small.devices_of(sizes) == 1, parts_of(found, sizes).tensor))
+    for sizes in candidates:
+        candidate = _copied(config, sizes, parts_of(found, sizes), "")
         try:
             check(candidate, sizes)
         except ValueError:
