@@ -45,15 +45,19 @@ def check_flags() -> None:
 
 
 def given_config() -> "Config":
-    """Return the config of --config, or of the run --workdir, with --set."""
+    """Return the config of --config, or of the run --workdir, with --set. Raises ValueError where
+    it has no small copy on --devices."""
+    from mtnlg_jax.certify.shrink import small_copy
     from mtnlg_jax.config import from_json, load_config, override, validate
 
     if options.CONFIG.value is not None:
-        return load_config(options.CONFIG.value, options.SET.value)
-    content = storage.read_file(options.WORKDIR.value, "config.json")
-    assert content is not None, "check_flags has looked"
-    config = override(from_json(content.decode()), *options.SET.value)
-    validate(config)
+        config = load_config(options.CONFIG.value, options.SET.value)
+    else:
+        content = storage.read_file(options.WORKDIR.value, "config.json")
+        assert content is not None, "check_flags has looked"
+        config = override(from_json(content.decode()), *options.SET.value)
+        validate(config)
+    small_copy(config, options.DEVICES.value)
     return config
 
 
