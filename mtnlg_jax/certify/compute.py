@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtnlg_jax.certify.figures import Types
+from mtnlg_jax.certify.meshes import with_sizes
 from mtnlg_jax.config import Config, ModelConfig, StageConfig
 from mtnlg_jax.model.params import names_of
 from mtnlg_jax.model.transformer import abstract_model, init_parameters
@@ -93,9 +94,14 @@ def plain(config: Config) -> Config:
     """Return ``config`` as the simplest program has it: the whole batch at once on one device,
     without pipeline, ZeRO or recomputation."""
     mesh = dataclasses.replace(
-        config.mesh, **ONE_DEVICE, zero=0, schedule="circular", virtual_pipe=1, flush=None
+        with_sizes(config.mesh, ONE_DEVICE),
+        zero=0,
+        schedule="circular",
+        virtual_pipe=1,
+        flush=None,
+        tp_comm_overlap=False,
+        context_mode="auto",
     )
-    mesh = dataclasses.replace(mesh, tp_comm_overlap=False, context_mode="auto")
     train = dataclasses.replace(
         config.train, micro_batch_size=config.train.global_batch_size, recompute="none"
     )

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -36,12 +36,15 @@ EXCHANGE = "Hugging Face and back"
 PLAN = "plan"
 
 
+Dtype = Literal["bfloat16", "float32"]
+
+
 class Types(NamedTuple):
     """Types of one computation."""
 
     name: str
-    compute: str  # train.compute_dtype
-    reduce: str  # train.reduce_dtype
+    compute: Dtype  # train.compute_dtype
+    reduce: Dtype  # train.reduce_dtype
 
 
 STRICT = Types("float32", "float32", "float32")
@@ -50,7 +53,7 @@ STRICT = Types("float32", "float32", "float32")
 def types_of(config: Config) -> list[Types]:
     """Return float32, and the types of ``config`` where they are others."""
     train = config.train
-    name = train.compute_dtype
+    name: str = train.compute_dtype
     if train.reduce_dtype != "float32":
         name += f", sums {train.reduce_dtype}"
     own = Types(name, train.compute_dtype, train.reduce_dtype)

@@ -6,6 +6,7 @@ Where the devices are too few for all of these axes together, several meshes cov
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 from mtnlg_jax.config import MeshConfig
 from mtnlg_jax.parallel.mesh import AXES, described
@@ -29,7 +30,8 @@ def used_axes(sizes: Sizes) -> tuple[str, ...]:
 
 def with_sizes(mesh: MeshConfig, sizes: Sizes) -> MeshConfig:
     """Return ``mesh`` with other ``sizes``."""
-    return dataclasses.replace(mesh, **sizes)
+    changes: dict[str, Any] = {**sizes}
+    return dataclasses.replace(mesh, **changes)
 
 
 def small_meshes(mesh: MeshConfig, devices: int) -> list[Sizes]:

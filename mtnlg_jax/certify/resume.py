@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from mtnlg_jax.certify import figures
-from mtnlg_jax.certify.compute import Teacher, devices_of
+from mtnlg_jax.certify.compute import ONE_DEVICE, Teacher, devices_of
 from mtnlg_jax.certify.figures import Figure, Types
+from mtnlg_jax.certify.meshes import with_sizes
 from mtnlg_jax.certify.shrink import STEPS
 from mtnlg_jax.config import Config, to_json
 from mtnlg_jax.data.batches import SAMPLE_ORDER
@@ -158,7 +159,5 @@ def _moments(state: TrainState) -> dict[str, dict[str, np.ndarray]]:
 
 def on_one_device(config: Config) -> Config:
     """Return ``config`` on one device, with its micro-batches."""
-    mesh = dataclasses.replace(
-        config.mesh, pipe=1, data=1, expert=1, context=1, tensor=1, virtual_pipe=1, flush=None
-    )
+    mesh = dataclasses.replace(with_sizes(config.mesh, ONE_DEVICE), virtual_pipe=1, flush=None)
     return dataclasses.replace(config, mesh=mesh)
