@@ -3,8 +3,8 @@
     python benchmarks/prove.py                              all eleven, about half a minute each
     python benchmarks/prove.py --only=ladder.py:1.7b --output=FILE      a quick try
 
-Each is a launch/prove.py in a process of its own, without the cache of compiled programs. The
-result has, for each config, whether all is within the tolerances, the largest relative difference
+Each is a launch/prove.py in a process of its own, without the cache of compiled programs; with
+--cached they share one, so that configs with the same small copy compile it once. The result has, for each config, whether all is within the tolerances, the largest relative difference
 of each kind of figure with its tolerance, and the seconds: of the wall clock, which other load
 makes longer, with the load of the machine beside it, and of the processor, for all of the process.
 It is written after each config.
@@ -35,6 +35,7 @@ def main() -> int:
     )
     parser.add_argument("--only", action="append", choices=NAMES, help="one of the configs")
     parser.add_argument("--devices", type=int, default=8, help="simulated devices")
+    parser.add_argument("--cached", action="store_true", help="share compiled programs")
     parser.add_argument("--output", default=os.fspath(RESULT), help="file for the result")
     flags = parser.parse_args()
     commanded = [each for each in sys.argv[1:] if not each.startswith("--output")]
@@ -46,17 +47,20 @@ def main() -> int:
         "command": " ".join(["python benchmarks/prove.py", *commanded]),
         "configs": {},
     }
-    for name in flags.only or NAMES:
-        found, versions = certificate_of(name, flags.devices)
-        result["versions"] = versions
-        result["configs"][name] = found
-        print(name, json.dumps({key: found[key] for key in ("within", "seconds")}), flush=True)
-        Path(flags.output).write_text(json.dumps(result, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as programs:
+        cache = programs if flags.cached else ""
+        for name in flags.only or NAMES:
+            found, versions = certificate_of(name, flags.devices, cache)
+            result["versions"] = versions
+            result["configs"][name] = found
+            print(name, json.dumps({key: found[key] for key in ("within", "seconds")}), flush=True)
+            Path(flags.output).write_text(json.dumps(result, indent=1) + "\n")
     return 0 if all(each["within"] for each in result["configs"].values()) else 1
 
 
-def certificate_of(name: str, devices: int) -> tuple[dict, dict]:
-    """Return (what is kept of a certificate, the versions that it names)."""
+def certificate_of(name: str, devices: int, cache: str) -> tuple[dict, dict]:
+    """Return (what is kept of a certificate, the versions that it names). ``cache``: the folder of
+    compiled programs, "" for none."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "certificate.json")
         command = [
@@ -68,7 +72,7 @@ def certificate_of(name: str, devices: int) -> tuple[dict, dict]:
         done = subprocess.run(
             command,
             stdout=subprocess.DEVNULL,
-            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": ""},
+            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache},
         )
         seconds = time.perf_counter() - began
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
