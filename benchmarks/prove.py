@@ -4,10 +4,11 @@
     python benchmarks/prove.py --only=ladder.py:1.7b --output=FILE      a quick try
 
 Each is a launch/prove.py in a process of its own, without the cache of compiled programs; with
---cached they share one, so that configs with the same small copy compile it once. The result has, for each config, whether all is within the tolerances, the largest relative difference
-of each kind of figure with its tolerance, and the seconds: of the wall clock, which other load
-makes longer, with the load of the machine beside it, and of the processor, for all of the process.
-It is written after each config.
+--cached they share one, so that configs with the same small copy compile it once. The result has,
+for each config, whether all is within the tolerances, the largest relative difference of each kind
+of figure with its tolerance, and the seconds: of the wall clock, which other load makes longer,
+with the load of the machine beside it, and of the processor, for all of the process. It is written
+after each config.
 """
 
 import argparse

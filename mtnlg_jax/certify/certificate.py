@@ -173,6 +173,8 @@ class Maker:
         try:
             spread = self._computation(self._copy.on(sizes), objective, types)
             got = spread(self._params)
+        except OSError:
+            raise
         # Whatever a wrong plan raises is a finding: the other parts are still worth their time.
         except Exception as error:
             self._failed(figures.LOSS, "loss", types, error, **where)
@@ -232,6 +234,8 @@ class Maker:
                 stays = resume.SmallRun(config, self._data, self._teacher)
                 limits = {check: self._tolerance(check, types) for check in resume.CHECKS}
                 self.figures += resume.moved(stays, runs, self._params, folder, types, mesh, limits)
+            except OSError:  # of the disk
+                raise
             except Exception as error:
                 self._failed(figures.RESTORED, "state", types, error, mesh=mesh)
                 continue
@@ -245,6 +249,8 @@ class Maker:
         self._tolerance(figures.EXCHANGE, figures.STRICT)
         try:
             self.figures += exchange.exchanged(config, self._data.tokenizer, folder, family)
+        except OSError:
+            raise
         except Exception as error:
             self._failed(figures.EXCHANGE, "parameters", figures.STRICT, error, mesh=family)
 

@@ -2,6 +2,7 @@
 from where they start."""
 
 import dataclasses
+import json
 import math
 import os
 from typing import Any
@@ -30,11 +31,11 @@ def write_data(folder: str, seed: int) -> str:
     """Prepare documents of random words in ``folder``, and return the folder of the tokens."""
     rng = np.random.default_rng(seed)
     words = ["".join(rng.choice(_LETTERS, rng.integers(2, 7))) for _ in range(_WORDS)]
-    lines = [" ".join(rng.choice(words, rng.integers(4, 30))) + "." for _ in range(_DOCUMENTS)]
-    # A blank line ends a document, so that rows have several.
-    path = os.path.join(folder, "words.txt")
+    # Short documents, so that a row has several.
+    texts = [" ".join(rng.choice(words, rng.integers(3, 25))) + "." for _ in range(_DOCUMENTS)]
+    path = os.path.join(folder, "words.jsonl")
     with open(path, "w", encoding="utf-8") as file:
-        file.write("\n\n".join(lines) + "\n")
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     prepared = os.path.join(folder, "data")
     prepare(path, prepared, vocab_size=VOCABULARY, heldout=0.0, seed=seed, progress=False)
     return prepared
@@ -58,19 +59,16 @@ class _Prefixed:
         else:
             found = [rng.normal(size=prefix.shape).astype(np.float32) for rng in draws]
         prefixed = (np.asarray(samples) % 2 == 0).astype(np.int32)
-        # Its positions belong to the document that follows, and none of them is predicted.
-        rows["segment_ids"] = np.where(
-            prefixed[:, None] & (np.arange(rows["tokens"].shape[1]) < prefix.positions)[None],
-            rows["segment_ids"][:, prefix.positions, None],
-            rows["segment_ids"],
-        )
-        answers = (np.arange(rows["tokens"].shape[1])[None] >= prefix.positions) | (
-            prefixed[:, None] == 0
-        )
+        # A row with a prefix is one document, of which the prefix is not predicted.
+        ahead_BS = prefixed[:, None] > 0
+        place_S = np.arange(rows["tokens"].shape[1], dtype=np.int32)[None]
+        answers_BS = ~ahead_BS | (place_S >= prefix.positions)
         return rows | {
+            "segment_ids": np.where(ahead_BS, 1, rows["segment_ids"]).astype(np.int32),
+            "positions": np.where(ahead_BS, place_S, rows["positions"]).astype(np.int32),
+            "answers": answers_BS.astype(np.int32),
             "prefix": np.stack(found),
             "prefixed": prefixed,
-            "answers": answers.astype(np.int32),
         }
 
 

@@ -222,6 +222,8 @@ def _notes(
         )
     if config.optimizer.private:
         notes.append("privacy noise of dp_noise_multiplier, or of 1 where an epsilon decides it")
+    if config.optimizer.private and new.prefix.positions:
+        notes.append("prefix  rows of text alone: samples of differential privacy have none here")
     if len(found) > 1:
         pairs = ", ".join(small.covered_pairs(found))
         notes.append(f"pairs   {pairs}: each on one of {len(found)} meshes")
