@@ -70,9 +70,9 @@ def certify(config: Config, devices: int = 8, say: Say = lambda text: None) -> C
             f"--devices={devices} is more than the {available} of this process; start it with as "
             "many, or give fewer"
         )
-    small_copy(config, devices)  # raises before anything is written
+    sources = _sources(small_copy(config, devices).config)  # raises before anything is written
     with tempfile.TemporaryDirectory(prefix="certificate-") as folder:
-        data = inputs.write_data(folder, config.train.seed)
+        data = inputs.write_data(folder, config.train.seed, sources)
         copy = small_copy(config, devices, data)
         found = Maker(copy, folder, say)
         found.plan()
@@ -89,6 +89,15 @@ def certify(config: Config, devices: int = 8, say: Say = lambda text: None) -> C
         time.perf_counter() - began,
         time.process_time() - busy,
     )
+
+
+def _sources(config: Config) -> int:
+    """Return the number of sources of the data: differential privacy may sample whole ones, of
+    which a fourth joins a step."""
+    optimizer = config.optimizer
+    if not optimizer.private or optimizer.dp_unit != "source":
+        return 1
+    return 4 * config.train.global_batch_size // optimizer.rows_of_unit
 
 
 class Maker:

@@ -27,18 +27,31 @@ _LETTERS = list("etaoinshrdlu")
 _SHAKE = 0.5
 
 
-def write_data(folder: str, seed: int) -> str:
-    """Prepare documents of random words in ``folder``, and return the folder of the tokens."""
+def write_data(folder: str, seed: int, sources: int = 1) -> list[str]:
+    """Prepare documents of random words in ``folder``, and return the folders of the tokens of all
+    ``sources``, which share a tokenizer."""
     rng = np.random.default_rng(seed)
     words = ["".join(rng.choice(_LETTERS, rng.integers(2, 7))) for _ in range(_WORDS)]
-    # Short documents, so that a row has several.
-    texts = [" ".join(rng.choice(words, rng.integers(3, 25))) + "." for _ in range(_DOCUMENTS)]
-    path = os.path.join(folder, "words.jsonl")
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    prepared = os.path.join(folder, "data")
-    prepare(path, prepared, vocab_size=VOCABULARY, heldout=0.0, seed=seed, progress=False)
-    return prepared
+    found: list[str] = []
+    for number in range(sources):
+        # Short documents, so that a row has several.
+        texts = [" ".join(rng.choice(words, rng.integers(3, 25))) + "." for _ in range(_DOCUMENTS)]
+        path = os.path.join(folder, f"words-{number}.jsonl")
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        prepared = os.path.join(folder, f"data-{number}")
+        tokenizer = os.path.join(found[0], "tokenizer") if found else "bpe"
+        prepare(
+            path,
+            prepared,
+            vocab_size=VOCABULARY,
+            tokenizer=tokenizer,
+            heldout=0.0,
+            seed=seed,
+            progress=False,
+        )
+        found.append(prepared)
+    return found
 
 
 class _Prefixed:

@@ -6,14 +6,16 @@ length of rows, the batch and the steps.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mtnlg_jax.certify import meshes as small
 from mtnlg_jax.certify.meshes import Sizes
-from mtnlg_jax.certify.models import Parts, parts_of, small_length, small_model
+from mtnlg_jax.certify.models import Parts, parts_of, small_length, small_model, up_to
 from mtnlg_jax.config import (
     Config,
     DataConfig,
+    DecodeConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
@@ -58,8 +60,9 @@ class Copy(NamedTuple):
         return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, zero=zero))
 
 
-def small_copy(config: Config, devices: int, data: str = "") -> Copy:
-    """Return the small copy of ``config`` for at most ``devices`` devices, which reads ``data``.
+def small_copy(config: Config, devices: int, data: Sequence[str] = ()) -> Copy:
+    """Return the small copy of ``config`` for at most ``devices`` devices, which reads the folders
+    ``data``.
 
     Raises ValueError where the mesh cannot be brought down, or the copy is not a valid config.
     """
@@ -89,7 +92,7 @@ def _other(config: Config, found: list[Sizes]) -> Sizes:
     # First those for which heads need not grow, and one device last: a run moves there anyway.
     candidates.sort(key=lambda sizes: (small.devices_of(sizes) == 1, parts_of(found, sizes).tensor))
     for sizes in candidates:
-        candidate = _copied(config, sizes, parts_of(found, sizes), "")
+        candidate = _copied(config, sizes, parts_of(found, sizes), ())
         try:
             check(candidate, sizes)
         except ValueError:
@@ -100,7 +103,7 @@ def _other(config: Config, found: list[Sizes]) -> Sizes:
     )
 
 
-def _copied(config: Config, sizes: Sizes, parts: Parts, data: str) -> Config:
+def _copied(config: Config, sizes: Sizes, parts: Parts, data: Sequence[str]) -> Config:
     """Return the small config on a mesh of ``sizes``, whose dims all of ``parts`` divide."""
     mesh = small.with_sizes(config.mesh, sizes)
     pipeline = config.mesh.pipe > 1
@@ -113,9 +116,14 @@ def _copied(config: Config, sizes: Sizes, parts: Parts, data: str) -> Config:
         name=f"{config.name} (small copy)",
         model=model,
         mesh=mesh,
-        data=DataConfig(path=data, masking=config.data.masking, sequence_length=length),
+        data=DataConfig(
+            blend=tuple((folder, 1.0) for folder in data),
+            masking=config.data.masking,
+            sequence_length=length,
+        ),
         optimizer=_optimizer(config.optimizer, min(model.hidden_size, model.mlp_width)),
         train=_train(config, parts, length),
+        decode=DecodeConfig(),
     )
 
 
@@ -149,7 +157,7 @@ def _train(config: Config, parts: Parts, length: int) -> TrainConfig:
         number = 2 * parts.pipe
     if train.rampup_batch_size:
         number = max(number, 2)
-    batch = number * unit
+    batch = up_to(max(number * unit, 2 * config.optimizer.rows_of_unit), number * unit)
     ramp = (unit, unit, batch) if train.rampup_batch_size else None
     # Of one device's micro-batch more than one chunk is left, as in the large run.
     tokens = (micro or number) * length
