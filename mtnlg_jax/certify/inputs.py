@@ -1,6 +1,8 @@
 """The inputs of a certificate: text of random words, prepared as a user's is, and parameters away
 from where they start."""
 
+# Shapes: B rows, S query positions
+
 import dataclasses
 import json
 import math

@@ -37,6 +37,7 @@ metrics.jsonl     a line for each step (kind train), each evaluation (kind eval)
                   of tasks (kind tasks); loss in nats per token
 loss.png          the curves;  tensorboard/ the same for TensorBoard (pip install tensorboard)
 why/, inspect/    results of launch/why.py and launch/inspect.py
+certificate.json  what launch/prove.py proved of its config
 stacks-N.txt      stacks of process N when it no longer made progress; .lock-N: the process that
                   writes here
 
