@@ -42,7 +42,8 @@ def main() -> int:
     commanded = [each for each in sys.argv[1:] if not each.startswith("--output")]
     result = {
         "date": datetime.date.today().isoformat(),
-        "device": platform.processor() or platform.machine(),
+        "device": "cpu",
+        "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "simulated_devices": flags.devices,
         "command": " ".join(["python benchmarks/prove.py", *commanded]),

@@ -78,9 +78,14 @@ def render(certificate: Certificate) -> str:
     for mesh in dict.fromkeys(figure.mesh for figure in found if figure.check == figures.LOSS):
         chosen = [each for each in found if each.mesh == mesh]
         lines += ["", *_of_mesh(mesh, chosen)]
-    lines += ["", *_of_run(found), *_of_exchange(certificate), ""]
-    lines += _tolerances(certificate)
-    return "\n".join([*lines, "", *_verdict(certificate)])
+    for part in (
+        _of_run(found),
+        _of_exchange(certificate),
+        _tolerances(certificate),
+        _verdict(certificate),
+    ):
+        lines += ["", *part] if part else []
+    return "\n".join(lines)
 
 
 def _of_mesh(mesh: str, found: list[Figure]) -> list[str]:
@@ -104,6 +109,8 @@ def _of_mesh(mesh: str, found: list[Figure]) -> list[str]:
 def _of_run(found: Iterable[Figure]) -> list[str]:
     """Return the table of the run that moves: the largest of each kind of figure."""
     kept = [each for each in found if each.check in _OF_RUN]
+    if not kept:
+        return []
     rows = [[f"a run saved after step {SAVED}", *_OF_RUN.values()]]
     for where in dict.fromkeys((each.mesh, each.types) for each in kept):
         here = [each for each in kept if (each.mesh, each.types) == where]
@@ -114,12 +121,13 @@ def _of_run(found: Iterable[Figure]) -> list[str]:
 
 def _of_exchange(certificate: Certificate) -> list[str]:
     if figures.EXCHANGE in certificate.left_out:
-        return ["", f"{figures.EXCHANGE}: left out. {certificate.left_out[figures.EXCHANGE]}"]
+        text = f"{figures.EXCHANGE}: left out; {certificate.left_out[figures.EXCHANGE]}"
+        return textwrap.wrap(text, _LINE, subsequent_indent="  ")
     kept = [each for each in certificate.figures if each.check == figures.EXCHANGE]
     worst = _worst(kept)
     if worst is None:
         return []
-    return ["", f"{figures.EXCHANGE} ({worst.mesh}, {len(kept)} tensors): {_cell(worst)}"]
+    return [f"{figures.EXCHANGE} ({worst.mesh}, {len(kept)} tensors): {_cell(worst)}"]
 
 
 def _tolerances(certificate: Certificate) -> list[str]:
@@ -144,8 +152,9 @@ def _verdict(certificate: Certificate) -> list[str]:
     lines = [f"OUTSIDE: {len(outside)} of {number} figures, {took}"]
     for name in certificate.suspects:
         lines.append(f"  look at {name}: its part of the plan is wrong")
-    # Gradients first, those that are off the most: a wrong sum is seen in its own tensor.
-    outside.sort(key=lambda each: (each.check != figures.GRADIENT, -_size(each)))
+    # Specs and gradients first, those that are off the most: a wrong sum is seen in its own tensor.
+    order = {figures.PLAN: 0, figures.GRADIENT: 1}
+    outside.sort(key=lambda each: (order.get(each.check, 2), -_size(each)))
     for each in outside[:_SHOWN]:
         where = ", ".join(filter(None, [each.objective, each.types, each.mesh]))
         told = each.problem or f"{_number(_size(each))} is above {_number(each.tolerance)}"

@@ -19,7 +19,7 @@ from mtnlg_jax.certify.figures import STRICT, Figure, tensor_differences, types_
 from mtnlg_jax.certify.inputs import write_data
 from mtnlg_jax.certify.shrink import small_copy
 from mtnlg_jax.cli.proving import perform
-from mtnlg_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
+from mtnlg_jax.config import Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig
 from mtnlg_jax.parallel import collectives
 from mtnlg_jax.parallel import mesh as plan
 from mtnlg_jax.parallel.mesh import parameter_name
@@ -212,4 +212,11 @@ def test_tolerances_follow_the_types():
     layers = config.model.num_layers
     assert limit[figures.GRADIENT, "bfloat16"].value == 3 * 2**-9 * math.sqrt(16 * layers)
     assert limit[figures.RESTORED, "bfloat16"].value == 0
+    # Of experts some tokens visit others, which no tolerance of a rounding covers.
+    moe = dataclasses.replace(config.model, moe=MoEConfig(4, 2))
+    chosen = figures.tolerance_of(
+        figures.GRADIENT, own, dataclasses.replace(config, model=moe), devices=8
+    )
+    assert chosen.value == limit[figures.GRADIENT, "bfloat16"].value + 0.1
+    assert "visits another expert" in chosen.why
     assert figures.differing_bits(np.float32([0.0]), np.float32([-0.0])) > 0
