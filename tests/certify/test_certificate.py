@@ -19,7 +19,7 @@ from mtnlg_jax.certify.figures import STRICT, Figure, tensor_differences, types_
 from mtnlg_jax.certify.inputs import write_data
 from mtnlg_jax.certify.shrink import small_copy
 from mtnlg_jax.cli.proving import perform
-from mtnlg_jax.config import Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig
+from mtnlg_jax.config import Config, MeshConfig, ModelConfig, MoEConfig, StageConfig, TrainConfig
 from mtnlg_jax.parallel import collectives
 from mtnlg_jax.parallel import mesh as plan
 from mtnlg_jax.parallel.mesh import parameter_name
@@ -97,6 +97,19 @@ def test_the_table_and_the_json_tell_the_same(sound):
     for figure in sound.figures:
         if figure.check == figures.GRADIENT:
             assert f"  {figure.name} " in table
+
+
+def test_every_objective_is_compared(tmp_path):
+    config = config_of(tensor=4, data=4, zero=3)
+    stages = (
+        StageConfig("masked", masked=1.0),
+        StageConfig("taught", distill="RUN", distill_temperature=2.0),
+    )
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, stages=stages))
+    found = examined(tmp_path, config)
+    assert found.within, report.render(found)
+    told = [figure.objective for figure in found.figures if figure.check == figures.LOSS]
+    assert told == ["masked", "causal, distilled at temperature 2, weight 0.5"]
 
 
 # --- planted faults
