@@ -123,6 +123,7 @@ setup(
             "mtnlg-audit=mtnlg_jax.cli.audit:run",
             "mtnlg-inspect=mtnlg_jax.cli.inspect:run",
             "mtnlg-why=mtnlg_jax.cli.why:run",
+            "mtnlg-prove=mtnlg_jax.cli.prove:run",
             "mtnlg-task=mtnlg_jax.cli.task:run",
             "mtnlg-adapt=mtnlg_jax.cli.adapt:run",
             "mtnlg-plan=mtnlg_jax.cli.plan:run",

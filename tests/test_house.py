@@ -28,7 +28,7 @@ ORDER = """
     train
     decode
     interop
-    tasks evaluate planning
+    tasks evaluate planning certify
     serve
     cli
 """

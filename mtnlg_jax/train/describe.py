@@ -40,6 +40,7 @@ spikes.jsonl      with train.spike_policy=rewind, the batches that the run leave
 loss.png          the curves;  tensorboard/ the same for TensorBoard (pip install tensorboard)
 stats.png         statistics by layer, of runs with train.stats_every
 why/, inspect/    results of launch/why.py and launch/inspect.py
+certificate.json  what launch/prove.py proved of its config
 stacks-N.txt      stacks of process N when it no longer made progress; .lock-N: the process that
                   writes here
 

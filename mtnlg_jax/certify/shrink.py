@@ -1,0 +1,249 @@
+"""Make the small copy of a config on which a certificate is computed.
+
+Kept: schedule and virtual stages, ZeRO, recompute, types, optimizer, objectives, batch ramp,
+context mode, experts, and every switch of the model. Smaller: sizes of the mesh, widths, depth, the
+length of rows, the batch and the steps.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mtnlg_jax.certify import meshes as small
+from mtnlg_jax.certify.meshes import Sizes
+from mtnlg_jax.certify.models import Parts, parts_of, small_length, small_model, up_to
+from mtnlg_jax.config import (
+    Config,
+    DataConfig,
+    DecodeConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    validate,
+    validate_batch,
+)
+from mtnlg_jax.parallel.mesh import local_shape, plan_table, row_shards
+from mtnlg_jax.train import lora
+from mtnlg_jax.train.checkpoint import config_of
+
+STEPS = 4  # of the small run; its state is saved in the middle
+
+# Settings of tasks that a run scores, which no gradient depends on.
+_TASKS = (
+    "eval_tasks",
+    "eval_tasks_every",
+    "eval_tasks_rows",
+    "eval_tasks_fewshot",
+    "eval_tasks_data",
+)
+
+
+class Copy(NamedTuple):
+    """The small copy of a config."""
+
+    config: Config  # on the first of ``meshes``
+    meshes: list[Sizes]  # that loss and gradients are computed on
+    other: Sizes  # to which a run moves
+    notes: list[str]  # what was shrunk or replaced, a line each
+    teacher: ModelConfig | None  # of the stages that distill
+
+    def on(self, sizes: Sizes) -> Config:
+        """Return the config on another mesh."""
+        mesh = small.with_sizes(self.config.mesh, sizes)
+        return dataclasses.replace(self.config, mesh=mesh)
+
+    @property
+    def elsewhere(self) -> Config:
+        """The config on the mesh that a run moves to, where ZeRO splits state that was whole."""
+        config = self.on(self.other)
+        zero = config.mesh.zero or 1
+        return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, zero=zero))
+
+
+def small_copy(config: Config, devices: int, data: Sequence[str] = ()) -> Copy:
+    """Return the small copy of ``config`` for at most ``devices`` devices, which reads the folders
+    ``data``.
+
+    Raises ValueError where the mesh cannot be brought down, or the copy is not a valid config.
+    """
+    found = small.small_meshes(config.mesh, devices)
+    other = _other(config, found)
+    parts = parts_of(found, other)
+    copied = _copied(config, found[0], parts, data)
+    teacher = _teacher(config, copied, parts)
+    copy = Copy(copied, found, other, _notes(config, copied, found, teacher), teacher)
+    for sizes in found:
+        check(copy.on(sizes), sizes)
+    check(copy.elsewhere, other)
+    return copy
+
+
+def check(config: Config, sizes: Sizes) -> None:
+    """Raise ValueError if ``config`` does not fit a mesh of ``sizes``."""
+    validate(config)
+    validate_batch(config, row_shards(sizes))
+    for row in plan_table(lora.abstract_parameters(config), sizes, config.mesh.zero):
+        local_shape(row.path, row.dims, row.shape, sizes, config.mesh.zero)
+
+
+def _other(config: Config, found: list[Sizes]) -> Sizes:
+    """Return a mesh unlike the first of ``found`` on which the small copy is valid."""
+    candidates = small.other_meshes(found[0])
+    # First those for which heads need not grow, and one device last: a run moves there anyway.
+    candidates.sort(key=lambda sizes: (small.devices_of(sizes) == 1, parts_of(found, sizes).tensor))
+    for sizes in candidates:
+        candidate = _copied(config, sizes, parts_of(found, sizes), ())
+        try:
+            check(candidate, sizes)
+        except ValueError:
+            continue
+        return sizes
+    raise ValueError(
+        f"no mesh is left to resume on beside {small.text_of(found[0])}; give more --devices"
+    )
+
+
+def _copied(config: Config, sizes: Sizes, parts: Parts, data: Sequence[str]) -> Config:
+    """Return the small config on a mesh of ``sizes``, whose dims all of ``parts`` divide."""
+    mesh = small.with_sizes(config.mesh, sizes)
+    pipeline = config.mesh.pipe > 1
+    if pipeline and config.mesh.flush:
+        mesh = dataclasses.replace(mesh, flush=parts.pipe)
+    model = small_model(config, parts)
+    length = small_length(config, parts)
+    return dataclasses.replace(
+        config,
+        name=f"{config.name} (small copy)",
+        model=model,
+        mesh=mesh,
+        data=DataConfig(
+            blend=tuple((folder, 1.0) for folder in data),
+            masking=config.data.masking,
+            sequence_length=length,
+        ),
+        optimizer=_optimizer(config.optimizer, min(model.hidden_size, model.mlp_width)),
+        train=_train(config, parts, length),
+        decode=DecodeConfig(),
+    )
+
+
+def _optimizer(optimizer: OptimizerConfig, narrow: int) -> OptimizerConfig:
+    if optimizer.private:
+        noise = optimizer.dp_noise_multiplier or 1.0
+        optimizer = dataclasses.replace(
+            optimizer,
+            dp_noise_multiplier=noise,
+            dp_target_epsilon=None,
+            dp_delta=None,
+            dp_secret="",
+        )
+    rank = min(optimizer.lora_rank, 4, narrow)
+    return dataclasses.replace(optimizer, lora_rank=rank)
+
+
+def _train(config: Config, parts: Parts, length: int) -> TrainConfig:
+    """Return the training of the small copy: batch, ramp, stages and steps."""
+    train = config.train
+    pipeline = config.mesh.pipe > 1
+    micro = train.micro_batch_size and min(train.micro_batch_size, 2)
+    unit = (micro or 1) * parts.rows
+    sizes = small.sizes_of(config.mesh)
+    before = (train.micro_batch_size or train.global_batch_size) * (
+        1 if config.mesh.data == -1 else row_shards(sizes)
+    )
+    # Two where micro-batches are added up; twice the stages in a pipeline.
+    number = 2 if micro is None or before < train.global_batch_size else 1
+    if pipeline:
+        number = 2 * parts.pipe
+    if train.rampup_batch_size:
+        number = max(number, 2)
+    batch = up_to(max(number * unit, 2 * config.optimizer.rows_of_unit), number * unit)
+    ramp = (unit, unit, batch) if train.rampup_batch_size else None
+    # Of one device's micro-batch more than one chunk is left, as in the large run.
+    tokens = (micro or number) * length
+    changes = {name: getattr(TrainConfig, name) for name in _TASKS}
+    if not lora.used(config):
+        changes["init"] = ""
+    return dataclasses.replace(
+        train,
+        steps=STEPS,
+        global_batch_size=batch,
+        micro_batch_size=micro,
+        rampup_batch_size=ramp,
+        stages=tuple(dataclasses.replace(stage, blend=()) for stage in train.stages),
+        loss_chunk=3 * tokens // 4,
+        device_flops=None,
+        **changes,
+    )
+
+
+def _teacher(config: Config, copied: Config, parts: Parts) -> ModelConfig | None:
+    """Return the small copy of the model that the stages distill from; None without one."""
+    folders = [stage.distill for stage in config.train.stages if stage.distill]
+    if not folders:
+        return None
+    model = config.model
+    try:
+        found = config_of(folders[0])
+        model = model if found is None else found.model
+    except (OSError, ValueError):
+        pass  # no run is there yet: a teacher of the student's kind
+    model = small_model(dataclasses.replace(config, model=model), parts)
+    # It reads the student's rows.
+    same = ("vocab_size", "vocab_padding", "max_position_embeddings", "prefix")
+    return dataclasses.replace(model, **{name: getattr(copied.model, name) for name in same})
+
+
+def _notes(
+    config: Config, copied: Config, found: list[Sizes], teacher: ModelConfig | None
+) -> list[str]:
+    """Return what was shrunk, and what was replaced."""
+    old = config.model
+    new = copied.model
+    before = small.text_of({**small.sizes_of(config.mesh), "data": max(1, config.mesh.data)})
+    if config.mesh.data == -1:
+        before = f"data -1{'' if before == 'one device' else f' x {before}'}"
+    notes = [
+        f"mesh    {before} -> {'; '.join(map(small.text_of, found))}",
+        f"model   {_shape(config)} -> {_shape(copied)}",
+        f"batch   {config.train.global_batch_size} -> {copied.train.global_batch_size} rows, "
+        f"micro-batches of {copied.train.micro_batch_size or 'a shard'}; {STEPS} steps",
+    ]
+    if old.moe.num_moe_experts:
+        notes.append(
+            f"experts {old.moe.num_moe_experts} -> {new.moe.num_moe_experts}, of which a token "
+            f"visits {new.moe.moe_router_topk}"
+        )
+    if len(old.layer_pattern) > len(new.layer_pattern):
+        notes.append(
+            f"pattern {len(old.layer_pattern)} layers -> one of each of {len(new.layer_pattern)} "
+            "kinds"
+        )
+    if old.attention_impl != new.attention_impl:
+        notes.append(f"kernel  model.attention_impl={old.attention_impl} -> auto, as CPUs have")
+    if lora.used(config):
+        notes.append("base    random parameters in place of train.init, and adapters away from 0")
+    if teacher is not None:
+        notes.append(
+            f"teacher {teacher.num_layers} layers of width {teacher.hidden_size}, with random "
+            "parameters"
+        )
+    if config.optimizer.private:
+        notes.append("privacy noise of dp_noise_multiplier, or of 1 where an epsilon decides it")
+    if config.optimizer.private and new.prefix.positions:
+        notes.append("prefix  rows of text alone: samples of differential privacy have none here")
+    if len(found) > 1:
+        pairs = ", ".join(small.covered_pairs(found))
+        notes.append(f"pairs   {pairs}: each on one of {len(found)} meshes")
+    return notes
+
+
+def _shape(config: Config) -> str:
+    model = config.model
+    heads = f"{model.num_attention_heads} heads"
+    if model.kv_heads != model.num_attention_heads:
+        heads += f" on {model.kv_heads}"
+    return (
+        f"{model.num_layers} layers, width {model.hidden_size}, {heads}, rows of "
+        f"{config.sequence_length}"
+    )
