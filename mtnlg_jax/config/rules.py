@@ -19,6 +19,7 @@ from mtnlg_jax.config.decode_rules import validate_decode
 from mtnlg_jax.config.model import BIASES, ModelConfig
 from mtnlg_jax.config.privacy_rules import check_privacy
 from mtnlg_jax.config.schema import Config, StageConfig
+from mtnlg_jax.config.watching_rules import check_watching
 
 
 def _ring_cannot(model: ModelConfig) -> bool:
@@ -151,6 +152,7 @@ def validate(config: Config) -> None:
         keys = ("eval_tasks_every", "eval_tasks_rows", "eval_tasks_fewshot", "eval_tasks_data")
         refuse_changed(config.train, keys, why, "train.")
     check_privacy(config)
+    check_watching(config)
     data = 1 if config.mesh.data == -1 else config.mesh.data
     validate_batch(config, data * config.mesh.expert)
 

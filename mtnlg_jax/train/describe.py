@@ -34,8 +34,12 @@ huggingface/      of a run that came from a model of another format: its config.
                   settings of generation, which launch/convert.py writes again
 privacy.json      with differential privacy, what its checkpoints have spent: epsilon, delta
 metrics.jsonl     a line for each step (kind train), each evaluation (kind eval) and each evaluation
-                  of tasks (kind tasks); loss in nats per token
+                  of tasks (kind tasks), loss in nats per token; shares of the time (kind goodput),
+                  samples of text (kind samples), the slowest process (kind processes)
+report.html       curves, time, samples and starts on one page; launch/report.py writes it again
 loss.png          the curves;  tensorboard/ the same for TensorBoard (pip install tensorboard)
+trackers.json     the id of the run in trackers;  wandb/ its files of Weights & Biases
+profile/          steps recorded by the profiler (pip install xprof; xprof --logdir=profile)
 why/, inspect/    results of launch/why.py and launch/inspect.py
 stacks-N.txt      stacks of process N when it no longer made progress; .lock-N: the process that
                   writes here

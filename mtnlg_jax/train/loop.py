@@ -15,7 +15,16 @@ from mtnlg_jax import compat
 from mtnlg_jax.config import Config, validate, validate_batch
 from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.parallel.mesh import make_mesh, row_shards
-from mtnlg_jax.train import changes, describe, init_from, lifetime, privacy, processes
+from mtnlg_jax.train import (
+    changes,
+    describe,
+    goodput,
+    init_from,
+    lifetime,
+    privacy,
+    processes,
+    watching,
+)
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.course import Course, open_checkpoints
 from mtnlg_jax.train.evaluate import Evaluator
@@ -23,10 +32,12 @@ from mtnlg_jax.train.inputs import Data, batch_at, load_data, resolve
 from mtnlg_jax.train.metrics import MetricsLog
 from mtnlg_jax.train.privacy import Ledger
 from mtnlg_jax.train.reporter import Meter, Reporter, Summary, show
+from mtnlg_jax.train.samples import Samples
 from mtnlg_jax.train.schedule import is_masked, samples_at_end, stage_at
 from mtnlg_jax.train.state import TrainState, abstract_state, init_state, renew
 from mtnlg_jax.train.step import CompiledStep, make_train_step
 from mtnlg_jax.train.task_scores import KIND, Tasks, TaskScores, check_given
+from mtnlg_jax.train.trackers.following import Trackers
 from mtnlg_jax.train.watchdog import Watchdog
 
 
@@ -37,12 +48,14 @@ def train(
     announce: Callable[[str], None] = lambda text: None,
     enough: Callable[[Sequence[dict]], bool] = lambda evaluations: False,
     tasks: Tasks | None = None,
+    samples: Samples | None = None,
 ) -> Summary:
     """Train ``config`` in ``workdir``, resuming from the newest good checkpoint, and summarize it.
 
     Every process calls this. The first one writes the files and describes the run to ``announce``.
     The run ends early once the records of its evaluations, also of earlier starts, are ``enough``.
-    ``tasks`` scores train.eval_tasks: `mtnlg_jax.evaluate.in_training.RunTasks` of the config.
+    ``tasks`` scores train.eval_tasks: `mtnlg_jax.evaluate.in_training.RunTasks` of the config, and
+    ``samples`` continues train.sample_prompts: `mtnlg_jax.decode.in_training.RunSamples`.
 
     Raises ValueError if a setting is invalid or contradicts the run in ``workdir``, Preempted after
     a signal to any process (the state is saved if it is finite), Diverged after train.max_bad_steps
@@ -53,10 +66,11 @@ def train(
     validate(config)
     check_given(config, tasks)
     processes.check_same_settings(config, workdir)
+    watching.check(config, samples)
     show_progress = show_progress and processes.is_first()
     with (
         lifetime.own(workdir),  # first, so that everything below is this run's alone
-        lifetime.signals() as stop,
+        lifetime.signals(config.train.profile_signal) as stop,
         contextlib.ExitStack() as resources,
         Watchdog(config.train.watchdog_seconds, config.train.phase_seconds, workdir) as watchdog,
         processes.exit_on_failure(),  # innermost: it ends the process before anything waits
@@ -66,13 +80,18 @@ def train(
         score = tasks.start(config, mesh, data.tokenizer) if tasks else None
         checkpoints = resources.enter_context(closing(open_checkpoints(config, workdir)))
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())
+        watch = watching.Watching(config, mesh, data.tokenizer, workdir, samples, watchdog, stop)
         teachers = init_from.load_teachers(config, mesh)
         identity = identity_of_data(config, data) | init_from.identity_of(config, teachers)
-        config, first, state, ledger, restored = _begin(config, mesh, checkpoints, identity, data)
-        samples = int(state.samples)
-        total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
-        _describe_start(config, mesh, data, workdir, first, samples, restored, ledger, announce)
-        log = resources.enter_context(closing(MetricsLog(workdir, first, processes.is_first())))
+        config, first, state, ledger, restored = _begin(
+            config, mesh, checkpoints, identity, data, watchdog.clock
+        )
+        read = int(state.samples)
+        total_samples = samples_at_end(config.train, min(first, config.train.steps), read)
+        _describe_start(config, mesh, data, workdir, first, read, restored, ledger, announce)
+        writing = processes.is_first()
+        trackers = resources.enter_context(Trackers(config, workdir, first, writing))
+        log = resources.enter_context(closing(MetricsLog(workdir, first, writing, trackers)))
         bar = resources.enter_context(_progress_bar(config, first, show_progress))
         steps = _compiled_steps(config, mesh, data, teachers, total_samples, watchdog)
         course = Course(
@@ -86,6 +105,7 @@ def train(
             Evaluator(config, mesh, data),
             TaskScores(config, score, log, watchdog),
             watchdog,
+            watch,
             stop,
             enough,
             show_progress,
@@ -95,14 +115,16 @@ def train(
 
         while course.goes_on:
             step = course.done
-            batch, micro_batches, sequences = batch_at(config, mesh, data, step, course.samples)
+            with watchdog.clock.batch(course.reporter.pending):
+                batch, micro_batches, sequences = batch_at(config, mesh, data, step, course.samples)
             number, _, stage = stage_at(config.train, step)
             kind, teacher = init_from.teacher_of(teachers, number)
             run_step = steps[kind, is_masked(config.train, step)]
             scale = float(stage.learning_rate_scale)
-            state, metrics = run_step(
-                course.state, batch, micro_batches, sequences, scale, *teacher
-            )
+            with watch.step(step, course.state):
+                state, metrics = run_step(
+                    course.state, batch, micro_batches, sequences, scale, *teacher
+                )
             course.after_step(state, metrics, int(sequences))  # reports, evaluates, saves
 
         course.finish()
@@ -133,7 +155,12 @@ def identity_of_data(config: Config, data: Data) -> dict[str, dict]:
 
 
 def _begin(
-    config: Config, mesh: Mesh, checkpoints: Checkpoints, identity: dict, data: Data
+    config: Config,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    identity: dict,
+    data: Data,
+    clock: goodput.Clock,
 ) -> tuple[Config, int, TrainState, Ledger | None, bool]:
     """Return (config, first step, state, the ledger of privacy.start, whether a checkpoint of this
     folder was restored).
@@ -143,11 +170,12 @@ def _begin(
     """
     # The abstract state has this run's shardings, so a checkpoint of another mesh is restored onto
     # this one.
-    restored = checkpoints.restore(
-        abstract_state(config, mesh),
-        identity,
-        functools.partial(changes.refuse_changes, config=config),
-    )
+    with clock.during("restore"):
+        restored = checkpoints.restore(
+            abstract_state(config, mesh),
+            identity,
+            functools.partial(changes.refuse_changes, config=config),
+        )
     if not restored:
         privacy.refuse_known_data(config, data.fingerprints)
         config, ledger = privacy.start(config, data.samplers, {}, 0, 0)
@@ -237,6 +265,7 @@ def _summary(workdir: str, course: Course) -> Summary:
     # it.
     final = course.log.evaluations()[-1]
     scored = [record for record in course.log.records if record["kind"] == KIND]
+    times = [record for record in course.log.records if record["kind"] == goodput.KIND]
     # The mean over this process's steps, not the moving average of the progress bar.
     rate = meter.tokens / meter.seconds if meter.seconds else 0.0
     return Summary(
@@ -252,6 +281,7 @@ def _summary(workdir: str, course: Course) -> Summary:
         int(state.nonfinite_total),
         scored[-1] if scored else {},
         (score_tasks.seconds, score_tasks.share),
+        times[-1] if times else {},
     )
 
 

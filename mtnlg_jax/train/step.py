@@ -142,6 +142,7 @@ class CompiledStep:
         args += self._last
         if self._compiled is None:
             self._watchdog.enter("compilation")
+            self._watchdog.clock.enter("compile")
             # Compiled ahead of the call: the text of the program becomes known, and arguments of
             # another shape later are an error instead of a silent second compilation.
             lowered = self._train_step.lower(*args)
@@ -149,4 +150,5 @@ class CompiledStep:
             # each other forever.
             self.fingerprint = fingerprint(lowered.as_text())
             self._compiled = lowered.compile()
+            self._watchdog.clock.enter("steps")
         return self._compiled(*args)
