@@ -40,6 +40,7 @@ def render(run: RunFiles, other: RunFiles | None = None) -> str:
         facts=_facts(run),
         charts=content.main_charts(runs),
         bars=content.goodput_bars(run),
+        shares=content.goodput_chart(run),
         colors=content.CLASS_COLORS,
         processes=content.process_charts(run),
         further=content.further_charts(runs),
@@ -74,9 +75,8 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     if run.starts:
         devices = run.starts[-1].get("devices") or {}
         processes = run.starts[-1].get("processes", 1)
-        found.append(
-            ("devices", f"{devices.get('count')} {devices.get('kind')} in {processes} process(es)")
-        )
+        of = "1 process" if processes == 1 else f"{processes} processes"
+        found.append(("devices", f"{devices.get('count')} {devices.get('kind')} in {of}"))
     spikes = len(run.of_kind("spike"))
     if spikes:
         found.append(("spikes", f"{spikes:,}"))

@@ -3,7 +3,7 @@
 import bisect
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 # The picture and the space of its axes, in units of its viewBox.
@@ -54,10 +54,16 @@ class Chart(NamedTuple):
     values: tuple[Tick, ...]
 
 
-def chart(title: str, curves: Iterable[Curve], log: bool = False) -> Chart | None:
+def chart(
+    title: str,
+    curves: Iterable[Curve],
+    log: bool = False,
+    colors: Mapping[str, str] | None = None,
+) -> Chart | None:
     """Return the chart of ``curves`` over steps; None if none of them has a point.
 
-    With ``log`` the axis of values is logarithmic, and values of 0 or less are left out.
+    With ``log`` the axis of values is logarithmic, and values of 0 or less are left out. ``colors``
+    are those of curves by name; others follow `COLORS`.
     """
     kept = []
     for curve in curves:
@@ -72,10 +78,16 @@ def chart(title: str, curves: Iterable[Curve], log: bool = False) -> Chart | Non
     scale = _Scale(first, last, low, high, log)
     # A curve of the other run has the color of its namesake.
     names = list(dict.fromkeys(curve.name for curve in kept))
-    lines = tuple(_line(curve, COLORS[names.index(curve.name) % 7], scale) for curve in kept)
+    palette = {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
+    palette |= colors or {}
+    lines = tuple(_line(curve, palette[curve.name], scale) for curve in kept)
     steps = tuple(Tick(scale.x(step), f"{step:,}") for step in _round_steps(first, last))
-    values = tuple(Tick(scale.y(x), f"{x:.6g}") for x in _round_values(low, high, log))
+    values = tuple(Tick(scale.y(x), _number(x)) for x in _round_values(low, high, log))
     return Chart(title, lines, steps, values)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
 
 
 class _Scale(NamedTuple):

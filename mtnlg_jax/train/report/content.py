@@ -83,7 +83,21 @@ def _held_out(record: dict) -> dict[str, Any]:
 
 
 def _only(name: str) -> Callable[[dict], dict[str, Any]]:
-    return lambda record: {name: record.get(name)}
+    return lambda record: {name.replace("_", " "): record.get(name)}
+
+
+def goodput_chart(run: RunFiles) -> Chart | None:
+    """Return the shares of the time since the first start by step."""
+
+    def classes(record: dict) -> dict[str, Any]:
+        return {name: record.get(goodput.ALL_STARTS + name) for name in CLASS_COLORS}
+
+    curves = [
+        curve
+        for curve in curves_of([run], goodput.KIND, classes)
+        if max(x for _, x in curve.points) > 0
+    ]
+    return chart("shares of the time since the first start", curves, colors=CLASS_COLORS)
 
 
 def further_charts(runs: list[RunFiles]) -> list[Chart]:
