@@ -88,6 +88,7 @@ class Course:
             fingerprints = self.data.fingerprints
             programs = self.programs()
             processes.check_same_run(self.config, fingerprints, programs, self.state, self.done)
+            self.watching.compare(self.done)
         self._evaluate_and_save(stopping)
         if stopping and self.done < self.config.train.steps:
             self._finish_saving()

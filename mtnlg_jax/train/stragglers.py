@@ -101,6 +101,7 @@ class Stragglers:
         self._before = (0, 0.0, 0.0)
         # By measure: the process that was beyond the limit at the last comparison.
         self._suspects: dict[str, int] = {}
+        self._reported: set[tuple[str, int]] = set()
 
     def compare(self, step: int) -> dict[str, Any]:
         """Return the record of metrics.jsonl after ``step`` steps; all processes call this.
@@ -156,7 +157,14 @@ class Stragglers:
         again = self._suspects.pop(measure, None) == found.slowest
         if slow:
             self._suspects[measure] = found.slowest
-        if slow and again and processes.is_first():
+        if (
+            slow
+            and again
+            and processes.is_first()
+            and (measure, found.slowest) not in self._reported
+        ):
+            # Once: the records go on to tell it.
+            self._reported.add((measure, found.slowest))
             what = "making its part of a batch" if measure == "batch" else "a probe on its devices"
             logging.warning(
                 "after step %d process %d on %s is slow: %s took %.4g s, %.1f times the median "
