@@ -102,9 +102,15 @@ def measure(args: argparse.Namespace) -> dict:
         "load_at_the_end": os.getloadavg(),
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/trackers.py --data=OUT --config={args.config} "
-        f"--trackers={args.trackers} --blocks={args.blocks} --block={args.block}",
+        "command": command_of(args),
     }
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """Return the command, without the paths of this machine."""
+    names = ("config", "trackers", "blocks", "block")
+    flags = [f"--{name}={getattr(args, name)}" for name in names]
+    return " ".join(["python benchmarks/trackers.py --data=OUT", *flags])
 
 
 def _alternating(config, block: int) -> dict:
