@@ -218,9 +218,9 @@ def events(folder):
 
 def test_tensorboard_hides_the_steps_that_a_resume_does_again(tmp_path):
     config = config_of("tensorboard")
-    follow(tmp_path, [train(step) for step in (1, 2, 3)], config=config)
+    follow(tmp_path, [train(step) for step in (1, 2, 3, 4)], config=config)
     time.sleep(1.1)  # a file is named by its second
-    follow(tmp_path, [train(step, loss=2.5) for step in (3, 4)], step=2, config=config)
+    follow(tmp_path, [train(3, loss=2.5)], step=2, config=config)
     shown = {}
     for event in events(tmp_path):
         if event.HasField("session_log"):
@@ -229,7 +229,7 @@ def test_tensorboard_hides_the_steps_that_a_resume_does_again(tmp_path):
         for value in event.summary.value:
             shown[value.tag, event.step] = value.simple_value
     losses = {step: x for (tag, step), x in shown.items() if tag == "train/loss"}
-    assert losses == {1: 1.5, 2: 1.5, 3: 2.5, 4: 2.5}
+    assert losses == {1: 1.5, 2: 1.5, 3: 2.5}
 
 
 def test_a_tensorboard_writer_that_died_is_replaced(tmp_path):
