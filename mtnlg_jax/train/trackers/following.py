@@ -119,7 +119,7 @@ def _numbers(record: dict[str, Any]) -> Iterable[tuple[str, float]]:
         if isinstance(value, list):
             for place, each in enumerate(value):
                 if _is_finite(each):
-                    yield f"{kind}/{name}/{place:03}", each
+                    yield f"{kind}/{name}/{place}", each
         elif _is_finite(value):
             yield f"{kind}/{name}", value
 

@@ -86,7 +86,7 @@ def test_a_tracker_is_given_the_run_its_numbers_and_its_texts(tmp_path, calls):
     assert rest == [
         ("log", 1, {"train/loss": 1.5, "train/skipped": 0}),
         ("text", 2, "samples", "**the whale** swam"),
-        ("log", 2, {"stats/grads/000": 0.5, "stats/grads/002": 2.0}),
+        ("log", 2, {"stats/grads/0": 0.5, "stats/grads/2": 2.0}),
         ("finish", "finished"),
     ]
     # Another start: the same id, after another step.
