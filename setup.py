@@ -181,8 +181,8 @@ setup(
             "llguidance>=1.7,<2",
         ],
         # train.trackers: where a run shows its numbers beside TensorBoard.
-        "wandb": ["wandb>=0.22,<1"],
-        "trackio": ["trackio>=0.30,<1"],
+        "wandb": ["wandb>=0.31,<1"],
+        "trackio": ["trackio>=0.43,<1"],
         # RUN/profile.
         "profile": ["xprof>=2.20"],
         # launch/convert.py and --workdir of GGUF files.

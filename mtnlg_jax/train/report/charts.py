@@ -9,8 +9,8 @@ from typing import NamedTuple
 # The picture and the space of its axes, in units of its viewBox.
 WIDTH = 760
 HEIGHT = 230
-LEFT = 58
-RIGHT = 12
+LEFT = 70
+RIGHT = 26
 TOP = 10
 BOTTOM = 26
 # Points of a line at most: one for each bucket of steps, with the range of what is in it.

@@ -118,7 +118,8 @@ def further_charts(runs: list[RunFiles]) -> list[Chart]:
 
             def spread(record: dict, name: str = name) -> dict[str, Any]:
                 value = record.get(name)
-                return _spread(value) if isinstance(value, list) else {name: value}
+                plain = name.replace("_", " ")
+                return _spread(value) if isinstance(value, list) else {plain: value}
 
             curves = curves_of(runs, kind, spread)
             values = [x for curve in curves for _, x in curve.points]
@@ -203,7 +204,7 @@ def samples_of(run: RunFiles, most: int = 24) -> list[Written]:
     for record in run.of_kind(samples.KIND):
         for each in record.get("texts") or ():
             found.setdefault(str(each.get("prompt")), []).append(
-                (record["step"], str(each.get("text")))
+                (record["step"], str(each.get("text")).strip())
             )
     return [Written(prompt, _evenly(texts, most)) for prompt, texts in found.items()]
 
