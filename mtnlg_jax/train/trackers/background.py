@@ -45,6 +45,12 @@ class Background:
         """Hand a text over, without waiting."""
         self._put(lambda: self._tracker.text(step, name, text))
 
+    def rewind(self, step: int) -> None:
+        """Hand over that steps after ``step`` run again, to a tracker that can hide them."""
+        hide = getattr(self._tracker, "rewind", None)
+        if hide is not None:
+            self._put(lambda: hide(step))
+
     def finish(self, status: Status) -> None:
         """Hand over the end, and wait up to `FINISH_SECONDS` until all calls are done."""
         deadline = time.monotonic() + FINISH_SECONDS

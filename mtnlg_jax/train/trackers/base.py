@@ -38,7 +38,11 @@ class RunInfo:
 
 
 class Tracker(Protocol):
-    """Shows the numbers of a run; it is made without arguments."""
+    """Shows the numbers of a run; it is made without arguments.
+
+    One that can hide numbers may have a method rewind(step) as well: the run went back to ``step``
+    within this start, and the numbers of later steps come again.
+    """
 
     def check(self) -> None:
         """Raise ValueError, in one line with a way out, where the tracker cannot work: its package

@@ -56,6 +56,11 @@ class Trackers:
             if texts:
                 tracker.text(step, record["kind"], "\n\n---\n\n".join(texts))
 
+    def rewind(self, step: int) -> None:
+        """Tell the trackers that the run went back to ``step`` within this start."""
+        for tracker in self._open:
+            tracker.rewind(step)
+
     def __enter__(self) -> "Trackers":
         return self
 

@@ -25,6 +25,7 @@ class TensorBoard:
         )
         # TensorBoard hides what an earlier start wrote for the steps that run again.
         self._board = self._new_board(purge_step=run.step + 1)
+        self._rewinds = 0
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add the numbers as scalars."""
@@ -36,6 +37,15 @@ class TensorBoard:
         """Add a text, which TensorBoard shows as Markdown."""
         self._revive()
         self._board.add_text(name, text, step)
+
+    def rewind(self, step: int) -> None:
+        """Hide what was written for steps after ``step``, which run again in this start."""
+        self._board.close()
+        self._rewinds += 1
+        # A name behind those of all files before it, also within one second: TensorBoard reads
+        # files in the order of their names.
+        suffix = f".{self._rewinds:06}"
+        self._board = self._new_board(purge_step=step + 1, filename_suffix=suffix)
 
     def finish(self, status: Status) -> None:
         """Close the file."""

@@ -221,15 +221,28 @@ def test_tensorboard_hides_the_steps_that_a_resume_does_again(tmp_path):
     follow(tmp_path, [train(step) for step in (1, 2, 3, 4)], config=config)
     time.sleep(1.1)  # a file is named by its second
     follow(tmp_path, [train(3, loss=2.5)], step=2, config=config)
+    assert losses_shown(tmp_path) == {1: 1.5, 2: 1.5, 3: 2.5}
+
+
+def test_tensorboard_hides_the_steps_that_a_rewind_does_again(tmp_path):
+    with following.Trackers(config_of("tensorboard"), str(tmp_path), 0, True) as trackers:
+        for step in (1, 2, 3, 4):
+            trackers.log(train(step))
+        trackers.rewind(2)
+        trackers.log(train(3, loss=2.5))
+    assert losses_shown(tmp_path) == {1: 1.5, 2: 1.5, 3: 2.5}
+
+
+def losses_shown(folder):
+    """Return the losses of training by step as TensorBoard shows them."""
     shown = {}
-    for event in events(tmp_path):
+    for event in events(folder):
         if event.HasField("session_log"):
-            # As TensorBoard does: points from this step on are gone.
+            # Points from this step on are gone.
             shown = {key: x for key, x in shown.items() if key[1] < event.step}
         for value in event.summary.value:
             shown[value.tag, event.step] = value.simple_value
-    losses = {step: x for (tag, step), x in shown.items() if tag == "train/loss"}
-    assert losses == {1: 1.5, 2: 1.5, 3: 2.5}
+    return {step: x for (tag, step), x in shown.items() if tag == "train/loss"}
 
 
 def test_a_tensorboard_writer_that_died_is_replaced(tmp_path):
