@@ -124,6 +124,7 @@ setup(
             "mtnlg-inspect=mtnlg_jax.cli.inspect:run",
             "mtnlg-why=mtnlg_jax.cli.why:run",
             "mtnlg-prove=mtnlg_jax.cli.prove:run",
+            "mtnlg-report=mtnlg_jax.cli.report:run",
             "mtnlg-task=mtnlg_jax.cli.task:run",
             "mtnlg-adapt=mtnlg_jax.cli.adapt:run",
             "mtnlg-plan=mtnlg_jax.cli.plan:run",
@@ -180,6 +181,11 @@ setup(
             "prometheus-client>=0.21,<1",
             "llguidance>=1.7,<2",
         ],
+        # train.trackers: where a run shows its numbers beside TensorBoard.
+        "wandb": ["wandb>=0.31,<1"],
+        "trackio": ["trackio>=0.43,<1"],
+        # RUN/profile.
+        "profile": ["xprof>=2.20"],
         # launch/convert.py and --workdir of GGUF files.
         "gguf": ["gguf>=0.17,<1"],
         "benchmarks": ["torch", "transformers", "megatron-core", "grain"],

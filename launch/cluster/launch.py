@@ -150,6 +150,14 @@ def _trains() -> bool:
     return _SCRIPT.value == "pretrain"
 
 
+def _profile_signal() -> int | None:
+    """Return the number of train.profile_signal; None if no signal is for the profiler."""
+    if not _trains():
+        return None
+    config = load_config(_CONFIG.value, _SET.value)
+    return getattr(signal, config.train.profile_signal, None)
+
+
 def _restarts() -> int:
     # A run resumes from its last checkpoint; the other commands would print their output again.
     return _RESTARTS.value if _trains() else 0
@@ -281,7 +289,15 @@ def local(given: list[str]) -> int:
     running: list[subprocess.Popen] = []
     signaled: list[subprocess.Popen] = []
 
+    # The signal that opens a window of the profiler does not stop the run.
+    profile = _profile_signal()
+
     def pass_on(number: int, frame: FrameType | None) -> None:
+        if number == profile:
+            for process in running:
+                if process.poll() is None:
+                    process.send_signal(number)
+            return
         stop.set()
         for process in running:
             process.send_signal(number)

@@ -26,7 +26,8 @@ Exit codes: 0 done, 2 bad input, 3 diverged, 4 no step was done in time (RUN/sta
 the processes or the replicas disagree, 6 another process ended (134: detected by JAX), 74 reading
 or writing failed for a reason that may pass, 75 stopped by a signal (SIGTERM, SIGINT, SIGHUP,
 SIGUSR1, SIGUSR2, SIGXCPU) with its state saved. After 4, 6, 74, 75, 134 and a kill it is worth
-starting all processes again.
+starting all processes again. With train.profile_signal=SIGUSR1 that signal records steps with the
+profiler instead.
 """
 
 import functools
@@ -38,10 +39,9 @@ from absl import flags
 from mtnlg_jax import command
 from mtnlg_jax.cli.processes import several_processes
 from mtnlg_jax.cli.programs import executables
+from mtnlg_jax.cli.training import parts
 
 if TYPE_CHECKING:
-    from mtnlg_jax.config import Config
-    from mtnlg_jax.evaluate.in_training import RunTasks
     from mtnlg_jax.train.reporter import Summary
 
 with command.flag_group("The run"):
@@ -61,9 +61,10 @@ def main() -> None:
     from mtnlg_jax import compat, xla_flags
     from mtnlg_jax.config import load_config
     from mtnlg_jax.interop import registry
-    from mtnlg_jax.train import processes
+    from mtnlg_jax.train import goodput, processes
     from mtnlg_jax.train.loop import train
 
+    goodput.count_from_process_start()
     registry.register()
     compat.quiet()
     compat.configure_cache()
@@ -78,35 +79,27 @@ def main() -> None:
             _WORKDIR.value,
             _PROGRESS.value,
             functools.partial(print, flush=True),
-            tasks=_tasks_of(config),
+            tasks=parts.tasks_of(config),
             executables=executables.asked(),
+            samples=parts.samples_of(config),
         )
         if processes.is_first():
             print(describe(summary))
-
-
-def _tasks_of(config: "Config") -> "RunTasks | None":
-    """Return what scores train.eval_tasks; its rows are read here, before any work."""
-    if not config.train.eval_tasks:
-        return None
-    # The harness takes seconds to import.
-    from mtnlg_jax.evaluate.in_training import RunTasks
-
-    return RunTasks(config)
 
 
 def describe(summary: "Summary") -> str:
     """Return the text that is printed at the end of a run."""
     run = shlex.quote(summary.workdir)
     spikes = f", {summary.spikes} spikes left out" if summary.spikes else ""
-    results = "\n".join(filter(None, [summary.held_out, summary.scored]))
+    results = "\n".join(filter(None, [summary.held_out, summary.scored, summary.time]))
     return f"""
 {summary.parameters:,} parameters, {summary.steps:,} steps, {summary.tokens:,} tokens, \
 {summary.speed}, {summary.skipped} steps skipped{spikes}
 {results}
   {run}/checkpoints    {summary.kept}
   {run}/metrics.jsonl  every step
-  {run}/loss.png       the curve; also in TensorBoard: pip install tensorboard, then
+  {run}/report.html    curves, time, samples and starts
+  {run}/loss.png       the losses; also in TensorBoard: pip install tensorboard, then
                        tensorboard --logdir={run}/tensorboard
 next: python launch/generate.py --workdir={run} --prompt="Once upon a time"
       python launch/evaluate.py --workdir={run} --input=FILE"""

@@ -22,6 +22,7 @@ from mtnlg_jax.config.privacy_rules import check_privacy
 from mtnlg_jax.config.schedule_rules import check_schedule
 from mtnlg_jax.config.schema import Config, StageConfig
 from mtnlg_jax.config.spike_rules import check_spikes
+from mtnlg_jax.config.watching_rules import check_watching
 
 
 def _ring_cannot(model: ModelConfig) -> bool:
@@ -155,6 +156,7 @@ def validate(config: Config) -> None:
     check_privacy(config)
     check_memory(config)
     check_spikes(config)
+    check_watching(config)
     data = 1 if config.mesh.data == -1 else config.mesh.data
     validate_batch(config, data * config.mesh.expert)
     # It counts the samples of the ramp, which is sound by now.

@@ -224,11 +224,29 @@ class TrainConfig:
     # mtnlg_jax/hardware.py, if there is one.
     device_flops: OptionalPositive = None
     # Steps from one check that all processes agree on config, step, data and program to the next.
-    # 0: check at the end only.
+    # Their speed is compared as well. 0: check at the end only.
     compare_every: CountFrom0 = 100
     # Steps from one check for silent corruption to the next: two data replicas compute the same
     # rows, and the bits are compared. Each checkpoint of save_every is preceded by one. 0: none.
     verify_every: CountFrom0 = 0
+    # Where the numbers of the run are shown: tensorboard, wandb, trackio, or module:Class of an own
+    # one. docs/tracking.md describes them.
+    trackers: tuple[str, ...] = ("tensorboard",)
+    # Project under which wandb and trackio list the run.
+    tracker_project: str = "mtnlg_jax"
+    # First and last step to record with the profiler, into RUN/profile. None: none.
+    profile_steps: tuple[int, int] | None = None
+    # Signal that records the next steps with the profiler instead of stopping the run. none: both
+    # signals stop it, as schedulers expect that send them before they kill.
+    profile_signal: Literal["none", "SIGUSR1", "SIGUSR2"] = "none"
+    # Steps that train.profile_signal records.
+    profile_signal_steps: Count = 5
+    # Texts that the run continues while it trains, to show its progress. Empty: none.
+    sample_prompts: tuple[str, ...] = ()
+    # Steps from one continuation of train.sample_prompts to the next. 0: at the end only.
+    sample_every: CountFrom0 = 200
+    # Tokens of each continuation, at most.
+    sample_tokens: Count = 48
 
     @property
     def spike_history(self) -> int:

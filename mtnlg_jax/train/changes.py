@@ -162,6 +162,14 @@ FREE = {
     "train.heartbeat_seconds",
     "train.compare_every",
     "train.verify_every",
+    "train.trackers",
+    "train.tracker_project",
+    "train.profile_steps",
+    "train.profile_signal",
+    "train.profile_signal_steps",
+    "train.sample_prompts",
+    "train.sample_every",
+    "train.sample_tokens",
     "train.device_flops",
 }
 FREE_SECTIONS = ("mesh", "decode")

@@ -27,6 +27,7 @@ from mtnlg_jax.train.spikes import Spikes
 from mtnlg_jax.train.state import TrainState
 from mtnlg_jax.train.task_scores import TaskScores
 from mtnlg_jax.train.watchdog import Watchdog
+from mtnlg_jax.train.watching import Watching
 
 
 @dataclasses.dataclass
@@ -50,6 +51,7 @@ class Course:
     spikes: Spikes
     restore: Callable[[], tuple[int, TrainState]]
     watchdog: Watchdog
+    watching: Watching
     stop: threading.Event
     enough: Callable[[Sequence[dict]], bool]
     show_progress: bool
@@ -67,6 +69,7 @@ class Course:
         self.done = first
         self.samples = int(state.samples)  # data order, batch ramp and learning rate follow them
         self.spikes.begin(first)
+        self.watching.begin(self.log, state, first)
         self._catch_up()
         self.over = self.enough(self.log.evaluations())
 
@@ -101,16 +104,20 @@ class Course:
             fingerprints = self.data.fingerprints
             programs = self.programs()
             processes.check_same_run(self.config, fingerprints, programs, self.state, self.done)
+            self.watching.compare(self.done)
         self._evaluate_and_save(stopping)
         if stopping and self.done < self.config.train.steps:
             self._finish_saving()
+            self.watching.finish(self.state, self.done)
             raise self._preempted()
 
     def finish(self) -> None:
         """Return once everything is on disk."""
         self.watchdog.enter("saving")
         self._finish_saving()
+        self.watchdog.clock.enter("other")
         self.log.plot()
+        self.watching.finish(self.state, self.done)
 
     def _is_due(self, every: int) -> bool:
         return is_due(self.config.train, every, self.done)
@@ -118,7 +125,8 @@ class Course:
     def _catch_up(self) -> None:
         """Evaluate the state from which a run goes on where the record of that was lost."""
         first = self.done
-        self.score_tasks.catch_up(self.state.params, first, self.show_progress)
+        with self.watchdog.clock.during("evaluation"):
+            self.score_tasks.catch_up(self.state.params, first, self.show_progress)
         if first == self.config.train.steps:
             # A finished run was started again, and its last evaluation was lost.
             if not processes.run_on_first(lambda: self.log.has("eval", first)):
@@ -129,8 +137,9 @@ class Course:
         evaluating = self._is_due(train.eval_every)
         # A signal leaves seconds.
         scoring = self.score_tasks.is_due(self.done) and not stopping
+        sampling = self.watching.writes_samples(self.done) and not stopping
         saving = stopping or self.saver.is_due() or self._is_due(train.save_every)
-        if not (evaluating or saving or scoring):
+        if not (evaluating or saving or scoring or sampling):
             return
         # This step, whose loss decides whether the state is healthy.
         if self._goes_back(stopping):
@@ -143,9 +152,16 @@ class Course:
         if saving and self.reporter.is_healthy(self.done, result, stopping):
             meta = self._meta(result)
             self.save = functools.partial(self._save, self.done, self.state, meta, metric)
-            self.best = min(self.best, metric) if self.saver.save(self.save) else self.best
+            with self.watchdog.clock.during("saving"):
+                saved = self.saver.save(self.save)
+            self.best = min(self.best, metric) if saved else self.best
+            self.watchdog.clock.saved(self.done)
         if scoring:  # after the save, so that an error here does not cost the state
-            self.score_tasks(self.state.params, self.done, self.show_progress)
+            with self.watchdog.clock.during("evaluation"):
+                self.score_tasks(self.state.params, self.done, self.show_progress)
+        if sampling:
+            self.watching.sample(self.state, self.done, self.show_progress)
+        self.watching.record(self.done)
         if evaluating and self.enough(self.log.evaluations()) and not stopping:
             self.over = True
             return
@@ -172,21 +188,23 @@ class Course:
         # Its memory is for the state that is restored.
         jax.tree.map(lambda array: array.delete(), self.state)
         first, state = self.restore()
+        self.watchdog.clock.rewound(first)
         self.reporter.restart(first)
         self.begin(first, state)
         return True
 
     def _evaluate(self) -> dict[str, float]:
-        result = self.evaluate(self.state.params)
-        mean = self.state.extras.get(averages.KEY)
-        if mean is not None and result:
-            found = self.evaluate(averages.parameters(self.config, self.state.params, mean))
-            result |= {f"ema_{name}": found[name] for name in FIGURES if name in found}
-        self.log.write({"kind": "eval", "step": self.done, **result})
-        if self.show_progress and result:
-            figures = [f"{name} {short(result[name])}" for name in FIGURES if name in result]
-            tqdm.write(f"step {self.done}: held out: {', '.join(figures)}")
-        self.log.plot()
+        with self.watchdog.clock.during("evaluation"):
+            result = self.evaluate(self.state.params)
+            mean = self.state.extras.get(averages.KEY)
+            if mean is not None and result:
+                found = self.evaluate(averages.parameters(self.config, self.state.params, mean))
+                result |= {f"ema_{name}": found[name] for name in FIGURES if name in found}
+            self.log.write({"kind": "eval", "step": self.done, **result})
+            if self.show_progress and result:
+                figures = [f"{name} {short(result[name])}" for name in FIGURES if name in result]
+                tqdm.write(f"step {self.done}: held out: {', '.join(figures)}")
+            self.log.plot()
         return result
 
     def _meta(self, result: dict) -> dict:
@@ -211,8 +229,9 @@ class Course:
         self.checkpoints.save(done, state, meta, metric, proven=math.isfinite(metric))
 
     def _finish_saving(self) -> None:
-        self.saver.finish(self.save)
-        processes.barrier("saved")  # process 0 may still be writing the record
+        with self.watchdog.clock.during("saving"):
+            self.saver.finish(self.save)
+            processes.barrier("saved")  # process 0 may still be writing the record
 
     def _preempted(self) -> Preempted:
         if self.save is not None:

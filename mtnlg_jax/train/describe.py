@@ -33,12 +33,16 @@ tokenizer/        the tokenizer of the data and of generated text
 huggingface/      of a run that came from a model of another format: its config.json, tokenizer and
                   settings of generation, which launch/convert.py writes again
 privacy.json      with differential privacy, what its checkpoints have spent: epsilon, delta
-metrics.jsonl     a line for each step (kind train), each evaluation (kind eval), each evaluation of
-                  tasks (kind tasks), each spike (kind spike) and each comparison of replicas (kind
-                  replicas); loss in nats per token
+metrics.jsonl     a line for each step (kind train), each evaluation (kind eval) and each evaluation
+                  of tasks (kind tasks), loss in nats per token; statistics by layer (kind stats),
+                  spikes (kind spike), shares of the time (kind goodput), samples of text (kind
+                  samples), the slowest process (kind processes), compared replicas (kind replicas)
+report.html       curves, time, samples and starts on one page; launch/report.py writes it again
 spikes.jsonl      with train.spike_policy=rewind, the batches that the run leaves out, and why
 loss.png          the curves;  tensorboard/ the same for TensorBoard (pip install tensorboard)
 stats.png         statistics by layer, of runs with train.stats_every
+trackers.json     the id of the run in trackers;  wandb/ its files of Weights & Biases
+profile/          steps recorded by the profiler (pip install xprof; xprof --logdir=profile)
 why/, inspect/    results of launch/why.py and launch/inspect.py
 certificate.json  what launch/prove.py proved of its config
 stacks-N.txt      stacks of process N when it no longer made progress; .lock-N: the process that

@@ -99,19 +99,34 @@ def _owner(path: str) -> tuple[str, float]:
     return name, 0 if int(process) == os.getpid() else PATIENCE_HERE
 
 
+class Requests(threading.Event):
+    """Set by a signal that stops the run; ``profile`` is set by the one that opens a window of the
+    profiler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.profile = threading.Event()
+
+
 @contextlib.contextmanager
-def signals() -> Iterator[threading.Event]:
+def signals(profile: str = "none") -> Iterator[Requests]:
     """Yield an event that any of STOP_SIGNALS and WARNING_SIGNALS sets.
 
-    A SIGINT after that raises KeyboardInterrupt; further other signals do nothing.
+    A SIGINT after that raises KeyboardInterrupt; further other signals do nothing. The signal
+    ``profile`` of WARNING_SIGNALS does not stop the run: it sets the event of that name.
     """
-    stop = threading.Event()
+    stop = Requests()
     # Python lets only the main thread set handlers.
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
+    asks_for_profile = getattr(signal, profile, None)
+
     def handle(number: int, frame: FrameType | None) -> None:
+        if number == asks_for_profile:
+            stop.profile.set()
+            return
         # A second Ctrl-C: the user does not want to wait for the end of the step.
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -19,6 +19,7 @@ from mtnlg_jax.parallel.mesh import make_mesh, row_shards
 from mtnlg_jax.train import (
     changes,
     describe,
+    goodput,
     init_from,
     lifetime,
     offload,
@@ -26,6 +27,7 @@ from mtnlg_jax.train import (
     processes,
     replicas,
     spike_rule,
+    watching,
 )
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.course import Course, open_checkpoints
@@ -36,12 +38,14 @@ from mtnlg_jax.train.metrics import MetricsLog
 from mtnlg_jax.train.privacy import Ledger
 from mtnlg_jax.train.replicas import ReplicaCheck
 from mtnlg_jax.train.reporter import Meter, Reporter, Summary, show
+from mtnlg_jax.train.samples import Samples
 from mtnlg_jax.train.schedule import is_masked, samples_at_end, stage_at
 from mtnlg_jax.train.spikes import Spikes
 from mtnlg_jax.train.state import TrainState, abstract_state, init_state, renew
 from mtnlg_jax.train.statistics import Statistics
 from mtnlg_jax.train.step import CompiledStep, make_train_step
 from mtnlg_jax.train.task_scores import KIND, Tasks, TaskScores, check_given
+from mtnlg_jax.train.trackers.following import Trackers
 from mtnlg_jax.train.watchdog import Watchdog
 
 
@@ -53,12 +57,14 @@ def train(
     enough: Callable[[Sequence[dict]], bool] = lambda evaluations: False,
     tasks: Tasks | None = None,
     executables: Executables | None = None,
+    samples: Samples | None = None,
 ) -> Summary:
     """Train ``config`` in ``workdir``, resuming from the newest good checkpoint, and summarize it.
 
     Every process calls this. The first one writes the files and describes the run to ``announce``.
     The run ends early once the records of its evaluations, also of earlier starts, are ``enough``.
-    ``tasks`` scores train.eval_tasks: `mtnlg_jax.evaluate.in_training.RunTasks` of the config.
+    ``tasks`` scores train.eval_tasks: `mtnlg_jax.evaluate.in_training.RunTasks` of the config, and
+    ``samples`` continues train.sample_prompts: `mtnlg_jax.decode.in_training.RunSamples`.
     ``executables`` has steps that were compiled before.
 
     Raises ValueError if a setting is invalid or contradicts the run in ``workdir``, Preempted after
@@ -70,10 +76,11 @@ def train(
     validate(config)
     check_given(config, tasks)
     processes.check_same_settings(config, workdir)
+    watching.check(config, samples)
     show_progress = show_progress and processes.is_first()
     with (
         lifetime.own(workdir),  # first, so that everything below is this run's alone
-        lifetime.signals() as stop,
+        lifetime.signals(config.train.profile_signal) as stop,
         contextlib.ExitStack() as resources,
         Watchdog(config.train.watchdog_seconds, config.train.phase_seconds, workdir) as watchdog,
         processes.exit_on_failure(),  # innermost: it ends the process before anything waits
@@ -85,15 +92,20 @@ def train(
         score = tasks.start(config, mesh, data.tokenizer) if tasks else None
         checkpoints = resources.enter_context(closing(open_checkpoints(config, workdir)))
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())
+        watch = watching.Watching(config, mesh, data.tokenizer, workdir, samples, watchdog, stop)
         teachers = init_from.load_teachers(config, mesh)
         identity = identity_of_data(config, data) | init_from.identity_of(config, teachers)
-        config, first, state, ledger, meta = _begin(config, mesh, checkpoints, identity, data)
-        samples = int(state.samples)
-        total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
+        config, first, state, ledger, meta = _begin(
+            config, mesh, checkpoints, identity, data, watchdog.clock
+        )
+        read = int(state.samples)
+        total_samples = samples_at_end(config.train, min(first, config.train.steps), read)
         restored = meta is not None
-        _describe_start(config, mesh, data, workdir, first, samples, restored, ledger, announce)
+        _describe_start(config, mesh, data, workdir, first, read, restored, ledger, announce)
         executables.announce = announce if processes.is_first() else executables.announce
-        log = resources.enter_context(closing(MetricsLog(workdir, first, processes.is_first())))
+        writing = processes.is_first()
+        trackers = resources.enter_context(Trackers(config, workdir, first, writing))
+        log = resources.enter_context(closing(MetricsLog(workdir, first, writing, trackers)))
         bar = resources.enter_context(_progress_bar(config, first, show_progress))
         steps = _compiled_steps(config, mesh, data, teachers, total_samples, watchdog, executables)
         meter = Meter(config, data.has_answers)
@@ -111,8 +123,9 @@ def train(
             Evaluator(config, mesh, data),
             TaskScores(config, score, log, watchdog),
             Spikes(config, workdir, mesh, data, log, meta),
-            functools.partial(_last_state, config, mesh, checkpoints, identity),
+            functools.partial(_last_state, config, mesh, checkpoints, identity, watchdog.clock),
             watchdog,
+            watch,
             stop,
             enough,
             show_progress,
@@ -125,16 +138,18 @@ def train(
             if course.leave_out():
                 continue
             step = course.done
-            batch, micro_batches, sequences = batch_at(config, mesh, data, step, course.samples)
+            with watchdog.clock.batch(course.reporter.pending):
+                batch, micro_batches, sequences = batch_at(config, mesh, data, step, course.samples)
             number, _, stage = stage_at(config.train, step)
             kind, teacher = init_from.teacher_of(teachers, number)
             run_step = steps[kind, is_masked(config.train, step)]
             scale = np.float32(stage.learning_rate_scale)  # as compile_ahead.py gives it
             # Before the step, which takes the state.
             statistics.before_step(course.state, step, course.samples, kind, scale, teacher)
-            state, metrics = run_step(
-                course.state, batch, micro_batches, sequences, scale, *teacher
-            )
+            with watch.step(step, course.state):
+                state, metrics = run_step(
+                    course.state, batch, micro_batches, sequences, scale, *teacher
+                )
             compare_replicas(state, batch)  # where it is due, before a checkpoint
             course.after_step(state, metrics, int(sequences))  # reports, evaluates, saves
 
@@ -168,7 +183,12 @@ def identity_of_data(config: Config, data: Data) -> dict[str, dict]:
 
 
 def _begin(
-    config: Config, mesh: Mesh, checkpoints: Checkpoints, identity: dict, data: Data
+    config: Config,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    identity: dict,
+    data: Data,
+    clock: goodput.Clock,
 ) -> tuple[Config, int, TrainState, Ledger | None, dict | None]:
     """Return (config, first step, state, the ledger of privacy.start, the meta of the checkpoint of
     this folder that was restored, None without one).
@@ -176,7 +196,7 @@ def _begin(
     Precedence: 1. the newest good checkpoint of this folder; 2. the parameters of train.init;
     3. fresh ones from train.seed.
     """
-    restored = _restored(config, mesh, checkpoints, identity)
+    restored = _restored(config, mesh, checkpoints, identity, clock)
     if not restored:
         privacy.refuse_known_data(config, data.fingerprints)
         config, ledger = privacy.start(config, data.samplers, {}, 0, 0)
@@ -196,16 +216,17 @@ def _begin(
 
 
 def _restored(
-    config: Config, mesh: Mesh, checkpoints: Checkpoints, identity: dict
+    config: Config, mesh: Mesh, checkpoints: Checkpoints, identity: dict, clock: goodput.Clock
 ) -> tuple[int, TrainState, dict] | None:
     """Return (step, state, meta) of the newest good checkpoint of this folder, if there is one."""
     # The abstract state has this run's shardings, so a checkpoint of another mesh is restored onto
     # this one.
-    restored = checkpoints.restore(
-        abstract_state(config, mesh),
-        identity,
-        functools.partial(changes.refuse_changes, config=config),
-    )
+    with clock.during("restore"):
+        restored = checkpoints.restore(
+            abstract_state(config, mesh),
+            identity,
+            functools.partial(changes.refuse_changes, config=config),
+        )
     if not restored:
         return None
     first, state, meta = restored
@@ -213,10 +234,10 @@ def _restored(
 
 
 def _last_state(
-    config: Config, mesh: Mesh, checkpoints: Checkpoints, identity: dict
+    config: Config, mesh: Mesh, checkpoints: Checkpoints, identity: dict, clock: goodput.Clock
 ) -> tuple[int, TrainState]:
     """Return (step, state) to which a run goes back: its newest good checkpoint, or its start."""
-    restored = _restored(config, mesh, checkpoints, identity)
+    restored = _restored(config, mesh, checkpoints, identity, clock)
     if restored:
         return restored[:2]
     return 0, init_state(config, mesh, init_from.load_start(config, mesh))
@@ -289,6 +310,7 @@ def _summary(workdir: str, course: Course) -> Summary:
     # it.
     final = course.log.evaluations()[-1]
     scored = [record for record in course.log.records if record["kind"] == KIND]
+    times = [record for record in course.log.records if record["kind"] == goodput.KIND]
     # The mean over this process's steps, not the moving average of the progress bar.
     rate = meter.tokens / meter.seconds if meter.seconds else 0.0
     return Summary(
@@ -305,6 +327,7 @@ def _summary(workdir: str, course: Course) -> Summary:
         scored[-1] if scored else {},
         (score_tasks.seconds, score_tasks.share),
         spike_rule.total(state.extras),
+        times[-1] if times else {},
     )
 
 

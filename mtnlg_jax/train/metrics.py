@@ -1,7 +1,6 @@
-"""Write metrics.jsonl, TensorBoard and loss.png, and measure the devices' peak FLOP/s."""
+"""Write metrics.jsonl and loss.png, and measure the devices' peak FLOP/s."""
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from mtnlg_jax.errors import is_passing
 from mtnlg_jax.hardware import dense_flops
 from mtnlg_jax.train import plots
 from mtnlg_jax.train.statistics_plot import plot_statistics
+from mtnlg_jax.train.trackers.following import Trackers
 
 
 def peak_flops(device_flops: float | None = None) -> float | None:
@@ -96,32 +96,28 @@ def environment() -> dict:
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard of a run folder; without ``writing``, only the records.
+    """metrics.jsonl of a run folder; without ``writing``, only the records.
 
-    A resume at ``step`` drops the records of later steps, which will be run and written again. A
-    damaged line is moved to metrics.jsonl.damaged, with a warning.
+    What it is given goes to ``trackers`` as well. A resume at ``step`` drops the records of later
+    steps, which will be run and written again. A damaged line is moved to metrics.jsonl.damaged,
+    with a warning.
     """
 
-    def __init__(self, workdir: str, step: int, writing: bool = True) -> None:
+    def __init__(
+        self, workdir: str, step: int, writing: bool = True, trackers: Trackers | None = None
+    ) -> None:
+        self.trackers = trackers
         self.path = os.path.join(workdir, "metrics.jsonl")
         self.writing = writing
-        self._drops = 0  # how often records were dropped since this start
         records, damaged = scan_metrics(self.path)
         # An evaluation after step n is part of the state of step n, so it stays.
         self.records = [record for record in records if record["step"] <= step]
         if not writing:
             return
-        from tensorboardX import SummaryWriter
-
         if damaged:
             self._set_aside(damaged)
         self._rewrite()
         self._behind = False
-        self._new_board = functools.partial(
-            SummaryWriter, os.path.join(workdir, "tensorboard"), flush_secs=30
-        )
-        # TensorBoard hides what an earlier start wrote for the steps that run again.
-        self._board = self._new_board(purge_step=step + 1)
 
     def drop_after(self, step: int) -> None:
         """Drop the records of the steps after ``step``, which will be run and written again."""
@@ -129,24 +125,20 @@ class MetricsLog:
         if not self.writing:
             return
         self._stale = True
-        self._drops += 1
         with self._outlasting():
             self._file.close()
             self._write()
-        with self._outlasting():
-            self._board.close()
-            # Another name: the first file may be of the same second.
-            suffix = f".{self._drops:06d}"
-            self._board = self._new_board(purge_step=step + 1, filename_suffix=suffix)
+        if self.trackers:
+            self.trackers.rewind(step)
 
     def write(self, record: dict) -> None:
-        """Append ``record``, with its "time"; it has "step" and "kind" (train, eval, tasks, stats,
-        replicas).
+        """Append ``record``, which has "kind" (such as train, eval, tasks) and "step", with its
+        "time".
 
-        The time is in seconds since 1970 (UTC); with the dates of starts.jsonl it tells how long
-        the run took. The other numbers go to TensorBoard under kind/name, those of statistics by
-        layer under stats/name/layer. A number that is not finite is null in the file, because JSON
-        cannot express it.
+        That is in seconds since 1970 (UTC); with the dates of starts.jsonl it tells how long the
+        run took. The other numbers go to the trackers under kind/name, those of statistics by layer
+        under stats/name/layer. A number that is not finite is null in the file, because JSON cannot
+        express it.
         """
         record = record | {"time": round(time.time(), 3)}
         self.records.append(record)
@@ -156,15 +148,8 @@ class MetricsLog:
         self._unwritten += _line(record).encode()
         with self._outlasting():
             self._write()
-            # The writer's thread ends after a failed write, and then its queue would fill up.
-            if not self._board.file_writer.event_writer._worker.is_alive():
-                self._board = self._new_board()
-        # While the disk is full these points are lost: nothing queues them.
-        if self._behind:
-            return
-        for name, value in _numbers(record):
-            if isinstance(value, int | float) and math.isfinite(value):
-                self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        if self.trackers:
+            self.trackers.log(record)
 
     def has(self, kind: str, step: int) -> bool:
         """Return whether there is a record of ``kind`` after ``step``."""
@@ -175,12 +160,10 @@ class MetricsLog:
         return [record for record in self.records if record["kind"] == "eval"]
 
     def close(self) -> None:
-        """Write what is left and close the files."""
+        """Write what is left and close the file."""
         if self.writing:
-            with self._outlasting():
-                self._write()
             with self._outlasting(), self._file:
-                self._board.close()
+                self._write()
 
     def plot(self) -> None:
         """Draw loss.png beside the records, and stats.png where there are statistics."""
@@ -246,15 +229,6 @@ class MetricsLog:
             which,
             os.path.basename(self.path),
         )
-
-
-def _numbers(record: dict) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) for TensorBoard."""
-    for name, value in record.items():
-        if record["kind"] == "stats" and isinstance(value, list):
-            yield from ((f"{name}/{layer}", each) for layer, each in enumerate(value))
-        elif name not in ("step", "time"):
-            yield name, value
 
 
 def _line(record: dict) -> str:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from mtnlg_jax.config import Config
 from mtnlg_jax.errors import Diverged
 from mtnlg_jax.hardware import flops_per_token
-from mtnlg_jax.train import lora
+from mtnlg_jax.train import goodput, lora
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.metrics import MetricsLog, peak_flops
 from mtnlg_jax.train.plots import OBJECTIVES, losses_of_sources, scores_of_tasks
@@ -64,6 +64,7 @@ class Summary:
     # Seconds that this process scored tasks, and their share of its time.
     tasks_cost: tuple[float, float] = (0.0, 0.0)
     spikes: int = 0  # steps that were not applied, by train.spike_policy
+    goodput: dict = dataclasses.field(default_factory=dict)  # the last record of its kind
 
     @property
     def speed(self) -> str:
@@ -106,6 +107,12 @@ class Summary:
         return "\n".join(
             wrapped(f"tasks at step {self.tasks['step']}: {scores_text(self.tasks)}{cost}")
         )
+
+    @property
+    def time(self) -> str:
+        """Return the shares of this start's time, and of the run's, as text."""
+        lines = goodput.described(self.goodput).splitlines() if self.goodput else []
+        return "\n".join(part for line in lines for part in wrapped(line))
 
     @property
     def kept(self) -> str:

@@ -178,10 +178,12 @@ class CompiledStep:
         args += self._last
         if self._compiled is None:
             self._watchdog.enter("compilation")
+            self._watchdog.clock.enter("compile")
             found = self._kept.load(args) if self._kept else None
             found = found or self._compile(self._train_step, args)
             self._compiled = found[0]
             self.fingerprint = found[1]
+            self._watchdog.clock.enter("steps")
         return self._compiled(*args)
 
     def _compile(

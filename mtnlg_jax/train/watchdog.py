@@ -13,6 +13,7 @@ import jax
 
 from mtnlg_jax import errors
 from mtnlg_jax.train import processes
+from mtnlg_jax.train.goodput import Clock
 
 STEP_MEDIANS = 10  # a step may take this many times the median of recent steps
 # After this many more seconds faulthandler dumps the stacks and exits by itself: something holds
@@ -30,12 +31,13 @@ class Watchdog:
     A step must end within ``seconds`` and within 10 times the median step; any other phase (start,
     compilation, restore, evaluation, save) within ``phase_seconds``. Before it exits, the thread
     dumps all stacks to standard error and to ``workdir``/stacks-PROCESS.txt. ``seconds=0`` disables
-    it.
+    it. ``clock`` counts the time of the same process by class.
     """
 
     def __init__(self, seconds: float, phase_seconds: float, workdir: str) -> None:
         self.seconds = seconds
         self.phase_seconds = phase_seconds
+        self.clock = Clock()
         self.path = os.path.join(workdir, f"stacks-{jax.process_index()}.txt")
         self._phase = "start"
         self._since = time.monotonic()

@@ -88,6 +88,7 @@ def numbers(workdir: Path) -> list[dict]:
     return [
         {key: value for key, value in record.items() if key not in MEASURED}
         for record in read_metrics(str(workdir / "metrics.jsonl"))
+        if record["kind"] not in ("goodput", "processes")  # seconds
     ]
 
 

@@ -110,6 +110,7 @@ def numbers(workdir):
             if key not in ("tokens_per_second", "mfu", "time")
         }
         for record in read_metrics(os.path.join(workdir, "metrics.jsonl"))
+        if record["kind"] != "goodput"  # seconds
     ]
 
 

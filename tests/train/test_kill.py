@@ -84,10 +84,11 @@ def unkilled(start) -> Path:
 
 def numbers(workdir: Path) -> list[dict]:
     """Return the records of metrics.jsonl in order, without times."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [
-        {key: value for key, value in json.loads(line).items() if key not in MEASURED}
-        for line in lines
+        {key: value for key, value in record.items() if key not in MEASURED}
+        for record in records
+        if record["kind"] != "goodput"
     ]
 
 

@@ -111,6 +111,18 @@ def test_a_second_signal_is_ignored_unless_it_is_ctrl_c(name):
     assert signal.getsignal(number) == before
 
 
+def test_the_signal_of_the_profiler_does_not_stop_the_run():
+    with lifetime.signals("SIGUSR1") as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.profile.is_set() and not stop.is_set()
+        # The other one stays what schedulers send before they kill.
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert stop.is_set()
+    with lifetime.signals() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.is_set() and not stop.profile.is_set()
+
+
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
 def test_an_ignored_signal_stays_ignored(name):
     number = getattr(signal, name)

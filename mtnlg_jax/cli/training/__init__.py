@@ -1,0 +1,1 @@
+"""Parts of launch/pretrain.py."""

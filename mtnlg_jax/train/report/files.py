@@ -1,0 +1,69 @@
+"""What the report of a run is made from: the files of its folder."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+from mtnlg_jax.storage import lacking
+from mtnlg_jax.train.goodput import read_starts
+from mtnlg_jax.train.metrics import read_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFiles:
+    """Records of metrics.jsonl, lines of starts.jsonl, and the settings of the last start."""
+
+    workdir: str
+    records: list[dict]
+    starts: list[dict]
+    config: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder."""
+        return os.path.basename(os.path.abspath(self.workdir))
+
+    def of_kind(self, kind: str) -> list[dict]:
+        """Return the records of ``kind``, in their order."""
+        return [record for record in self.records if record["kind"] == kind]
+
+
+def read_run(workdir: str) -> RunFiles:
+    """Read the files of a run's folder; it may be running.
+
+    Raises ValueError where there is no config.json, or one that is damaged.
+    """
+    path = os.path.join(workdir, "config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{workdir} is not the folder of a run: {lacking(workdir, 'config.json')}; give the "
+            "--workdir of launch/pretrain.py"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; start the run again to renew it") from None
+    records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
+    return RunFiles(workdir, records, read_starts(workdir), config)
+
+
+def flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Return the values of a tree of dicts by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return found
+
+
+def differences(one: RunFiles, other: RunFiles) -> list[tuple[str, Any, Any]]:
+    """Return (key, value of ``one``, value of ``other``) of each setting in which they differ;
+    a setting that one of them lacks is None there."""
+    ours = flat(one.config)
+    theirs = flat(other.config)
+    return [
+        (key, ours.get(key), theirs.get(key))
+        for key in dict.fromkeys([*ours, *theirs])
+        if ours.get(key) != theirs.get(key)
+    ]
