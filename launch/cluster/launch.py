@@ -302,7 +302,7 @@ def local(given: list[str]) -> int:
             print("\n".join(shlex.join(argv) for argv in commands))
             return 0
         running.clear()
-        for argv in commands:
+        for number, argv in enumerate(commands):
             if not stop.is_set():
                 running.append(
                     subprocess.Popen(
@@ -313,7 +313,9 @@ def local(given: list[str]) -> int:
                         errors="replace",
                         start_new_session=True,
                         pass_fds=[reading],
-                        env=os.environ | {command.LAUNCHER_PIPE: str(reading)},
+                        # Near copies of a process lie as on a host of its own.
+                        env=os.environ
+                        | {command.LAUNCHER_PIPE: str(reading), command.HOST: str(number)},
                     )
                 )
         if stop.is_set():  # a signal during the start, which the last process may have missed

@@ -46,19 +46,27 @@ from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train import checkpoint_arrays, extras, lora, manifest
 from mtnlg_jax.train.arrays import check_finite
 from mtnlg_jax.train.checkpoint_folder import CheckpointFolder, Refuse
+from mtnlg_jax.train.near.opening import restore_near
+from mtnlg_jax.train.near.tier import NearTier
+from mtnlg_jax.train.near.whole import Candidate
 from mtnlg_jax.train.processes import run_on_first
 
 
 class Checkpoints:
     """The checkpoints of one run in ``folder`` (a path or ``gs://...``).
 
-    Keep the ``keep_last`` newest, and with ``keep_best`` the one with the lowest metric.
+    Keep the ``keep_last`` newest, and with ``keep_best`` the one with the lowest metric. ``near``
+    makes the near tier, once the folder is locked.
     ``warnings`` lists what ``restore`` found damaged. Raise OSError where ``folder`` cannot be
     written, or while another run writes to it.
     """
 
     def __init__(
-        self, folder: str | os.PathLike, keep_last: int = 2, keep_best: bool = True
+        self,
+        folder: str | os.PathLike,
+        keep_last: int = 2,
+        keep_best: bool = True,
+        near: Callable[[], NearTier] | None = None,
     ) -> None:
         self._files = CheckpointFolder(folder, keep_last, keep_best)
         self.folder = self._files.path
@@ -67,6 +75,8 @@ class Checkpoints:
         self.lacking: set[str] = set()
         # Process 0 holds the one lock of the folder; its error is raised in all processes.
         run_on_first(self._files.open)
+        # Made behind the lock: two runs of one folder have one near tier.
+        self.near = near() if near else None
         self._orbax = checkpoint_arrays.make_writer()
         # One thread, so that saves, marks and deletions happen in order.
         self._background = ThreadPoolExecutor(1, "checkpoint")
@@ -173,6 +183,8 @@ class Checkpoints:
 
         Return at once.
         """
+        if self.near:
+            self.near.prove()
         step = self._unproven
         self._unproven = None
         # In the background and behind the save that it belongs to, since there is one thread.
@@ -185,8 +197,10 @@ class Checkpoints:
         Return the step of the newest one that is left, the same in every process; None without any.
         """
         self.wait()
+        near = self.near.give_up() if self.near else None
         # Only an unproven checkpoint is renamed: an older one led to finite steps.
-        return run_on_first(lambda: self._files.set_aside(self._unproven))
+        far = run_on_first(lambda: self._files.set_aside(self._unproven))
+        return max((step for step in (near, far) if step is not None), default=None)
 
     def restore(
         self,
@@ -194,7 +208,7 @@ class Checkpoints:
         identity: dict,
         refuse: Refuse = lambda meta, step, params_only: None,
     ) -> tuple[int, Any, dict] | None:
-        """Return (step, state, meta) of the newest whole checkpoint; None in an empty folder.
+        """Return (step, state, meta) of the newest whole checkpoint or near copy; None without any.
 
         ``abstract_state`` gives structure, shapes, types and, for any mesh, shardings
         (ShapeDtypeStructs). ``refuse`` is called before anything large is read. A damaged
@@ -207,11 +221,23 @@ class Checkpoints:
         shapes = checkpoint_arrays.shapes(flat)
         # Through JSON, as the saved identity went, so that a tuple equals its list.
         given = json.loads(json.dumps(identity))
+
+        near = self.near.candidates() if self.near else []
+        # Not hashed yet: a near copy that is as new spares that.
+        far = run_on_first(lambda: max(manifest.candidates(self.folder), default=-1))
+        if self.near and (found := self.near.newest(near, far, given, shapes, refuse)):
+            return self._restore_near(self.near, found, abstract_state)
         chosen, warnings = run_on_first(lambda: self._files.choose(given, shapes, refuse))
         # Only process 0 looked, but every process keeps the warnings.
         for warning in warnings:
             logging.warning("%s", warning)
         self.warnings += warnings
+        # Where the newest checkpoints are damaged, a near copy may be newer than the one left.
+        far = -1 if chosen is None else chosen["step"]
+        if self.near and (found := self.near.newest(near, far, given, shapes, refuse)):
+            return self._restore_near(self.near, found, abstract_state)
+        if self.near:
+            self.near.go_on_from(None)
         if chosen is None:
             return None
         path = self.folder / str(chosen["step"])
@@ -219,6 +245,23 @@ class Checkpoints:
         self.lacking = extras.lacking(flat, chosen["arrays"])
         self._unproven = None if chosen["proven"] else chosen["step"]
         return chosen["step"], state, chosen["meta"]
+
+    def _restore_near(
+        self, near: NearTier, found: Candidate, abstract_state: Any
+    ) -> tuple[int, Any, dict]:
+        state, self.lacking = restore_near(near, found, abstract_state)
+        self._unproven = None
+        return found.copy.step, state, found.about["meta"]
+
+    def lines(self) -> list[str]:
+        """Return what the start of a run says of its near tier."""
+        return self.near.lines() if self.near else []
+
+    def drop_near(self) -> None:
+        """Remove the near copies that are not newer than the last checkpoint."""
+        if self.near:
+            newest = run_on_first(lambda: max(self.steps(), default=-1))
+            self.near.drop(newest)
 
     def wait(self) -> None:
         """Return once the last save is on disk. Raise OSError if it failed."""
@@ -235,6 +278,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._background.shutdown()
+            if self.near:
+                self.near.close()
             self._orbax.close()
             self._files.close()
 

@@ -195,7 +195,7 @@ class CheckpointFolder:
             if record is not None:
                 # Settings are compared before the files are hashed, so that a mistake in a flag
                 # shows in an instant.
-                _check_record(path, record, identity, arrays, refuse)
+                check_record(path, record, identity, arrays, refuse)
                 damage = manifest.damage(path, record)
                 if damage is None:
                     chosen = {
@@ -230,7 +230,7 @@ class CheckpointFolder:
         return self.path / free
 
 
-def _check_record(
+def check_record(
     path: epath.Path, record: dict, identity: dict, arrays: dict[str, str], refuse: Refuse
 ) -> None:
     """Check that a run with ``identity`` and ``arrays`` may resume from the checkpoint at ``path``.

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mtnlg_jax.config import Config, to_json
@@ -18,11 +19,13 @@ from mtnlg_jax.train import processes
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.evaluate import Evaluator
 from mtnlg_jax.train.inputs import Data
+from mtnlg_jax.train.near.opening import open_near
+from mtnlg_jax.train.near.tier import NearTier
 from mtnlg_jax.train.privacy import Ledger
 from mtnlg_jax.train.reporter import FIGURES, Reporter, short
 from mtnlg_jax.train.saving import Saver
 from mtnlg_jax.train.schedule import is_due
-from mtnlg_jax.train.state import TrainState
+from mtnlg_jax.train.state import TrainState, abstract_state
 from mtnlg_jax.train.task_scores import TaskScores
 from mtnlg_jax.train.watchdog import Watchdog
 
@@ -85,6 +88,9 @@ class Course:
             fingerprints = self.data.fingerprints
             programs = self.programs()
             processes.check_same_run(self.config, fingerprints, programs, self.state, self.done)
+        near = self.checkpoints.near
+        if near and not stopping and self.done < self.config.train.steps and near.is_due(self.done):
+            self._copy_near(near)
         self._evaluate_and_save(stopping)
         if stopping and self.done < self.config.train.steps:
             self._finish_saving()
@@ -135,6 +141,12 @@ class Course:
             self.save = None  # it would keep this state in memory beside the next one
         self.reporter.meter.restart()  # time of evaluation and saving does not count
 
+    def _copy_near(self, near: NearTier) -> None:
+        self.reporter.report()  # this step: a state after one that was not finite is not copied
+        if not self.reporter.nonfinite_streak:
+            self._write_ledger(self.done)
+            near.save(self.done, self.state, self._meta({}))
+
     def _evaluate(self) -> dict[str, float]:
         result = self.evaluate(self.state.params)
         self.log.write({"kind": "eval", "step": self.done, **result})
@@ -157,16 +169,20 @@ class Course:
         }
 
     def _save(self, done: int, state: TrainState, meta: dict, metric: float) -> None:
-        if self.ledger and processes.is_first():
-            # Before the checkpoint: none is ever without what it spent.
-            self.ledger.write(self.workdir, done)
+        self._write_ledger(done)
         # Without an evaluation, only the next step shows whether these parameters have a finite
         # loss.
         self.checkpoints.save(done, state, meta, metric, proven=math.isfinite(metric))
 
+    def _write_ledger(self, done: int) -> None:
+        # Before the checkpoint: none is ever without what it spent.
+        if self.ledger and processes.is_first():
+            self.ledger.write(self.workdir, done)
+
     def _finish_saving(self) -> None:
         self.saver.finish(self.save)
         processes.barrier("saved")  # process 0 may still be writing the record
+        self.checkpoints.drop_near()
 
     def _preempted(self) -> Preempted:
         if self.save is not None:
@@ -180,10 +196,15 @@ class Course:
         )
 
 
-def open_checkpoints(config: Config, workdir: str) -> Checkpoints:
-    """Open the checkpoints of the run, which locks their folder."""
+def open_checkpoints(config: Config, workdir: str, mesh: Mesh) -> Checkpoints:
+    """Open the checkpoints of the run, which locks their folder, and its near tier.
+
+    Raise ValueError where the near folder is in ``workdir``, or has no room for one copy.
+    """
     folder = os.path.join(workdir, "checkpoints")
-    return Checkpoints(folder, config.train.keep_last, config.train.keep_best)
+    near = functools.partial(open_near, config.train, folder, abstract_state(config, mesh), mesh)
+    used = near if config.train.near_every else None
+    return Checkpoints(folder, config.train.keep_last, config.train.keep_best, used)
 
 
 def _metric(result: dict) -> float:

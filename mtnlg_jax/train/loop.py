@@ -64,14 +64,15 @@ def train(
         compat.serialize_cpu_collectives()
         config, data, mesh = _resolved(config)
         score = tasks.start(config, mesh, data.tokenizer) if tasks else None
-        checkpoints = resources.enter_context(closing(open_checkpoints(config, workdir)))
+        checkpoints = resources.enter_context(closing(open_checkpoints(config, workdir, mesh)))
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())
         teachers = init_from.load_teachers(config, mesh)
         identity = identity_of_data(config, data) | init_from.identity_of(config, teachers)
         config, first, state, ledger, restored = _begin(config, mesh, checkpoints, identity, data)
         samples = int(state.samples)
         total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
-        _describe_start(config, mesh, data, workdir, first, samples, restored, ledger, announce)
+        lines = [*(ledger.lines(first) if ledger else []), *checkpoints.lines()]
+        _describe_start(config, mesh, data, workdir, first, samples, restored, lines, announce)
         log = resources.enter_context(closing(MetricsLog(workdir, first, processes.is_first())))
         bar = resources.enter_context(_progress_bar(config, first, show_progress))
         steps = _compiled_steps(config, mesh, data, teachers, total_samples, watchdog)
@@ -174,7 +175,7 @@ def _describe_start(
     first: int,
     samples: int,
     restored: bool,
-    ledger: Ledger | None,
+    lines: Sequence[str],
     announce: Callable[[str], None],
 ) -> None:
     """Write the files of a start, and describe it to ``announce``, in the first process."""
@@ -182,7 +183,6 @@ def _describe_start(
         describe.write(config, workdir, first)
         _keep_files(config, data.tokenizer, workdir, fresh=not restored)
         tokens = data.training_tokens
-        lines = ledger.lines(first) if ledger else []
         announce(describe.at_start(config, mesh, workdir, first, samples, tokens, restored, lines))
 
 
