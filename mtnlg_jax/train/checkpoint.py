@@ -76,7 +76,11 @@ class Checkpoints:
         # Process 0 holds the one lock of the folder; its error is raised in all processes.
         run_on_first(self._files.open)
         # Made behind the lock: two runs of one folder have one near tier.
-        self.near = near() if near else None
+        try:
+            self.near = near() if near else None
+        except ValueError:
+            self._files.close()
+            raise
         self._orbax = checkpoint_arrays.make_writer()
         # One thread, so that saves, marks and deletions happen in order.
         self._background = ThreadPoolExecutor(1, "checkpoint")

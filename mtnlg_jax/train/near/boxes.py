@@ -22,9 +22,9 @@ class Shard:
     bytes: int
 
 
-def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+def box_of(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Box:
     """Return the ranges of JAX's ``index`` into an array of ``shape``."""
-    pairs = zip(index, shape, strict=True)
+    pairs = zip(index or (), shape, strict=True)
     return tuple(
         (part.start or 0, size if part.stop is None else part.stop) for part, size in pairs
     )
@@ -42,10 +42,11 @@ def common(one: Box, other: Box) -> Box | None:
     return both if all(start < stop for start, stop in both) else None
 
 
-def within(box: Box, outer: Box) -> tuple[slice, ...]:
-    """Return the index of ``box`` in an array that holds ``outer``."""
+def within(box: Box, outer: Box) -> tuple:
+    """Return the index of ``box`` in an array that holds ``outer``; it selects a view."""
     pairs = zip(box, outer, strict=True)
-    return tuple(slice(a[0] - b[0], a[1] - b[0]) for a, b in pairs)
+    # The ellipsis makes it a view of a number as well.
+    return (*(slice(a[0] - b[0], a[1] - b[0]) for a, b in pairs), ...)
 
 
 def holders(flat: Mapping[str, Any]) -> dict[tuple[str, Box], set[int]]:

@@ -139,6 +139,8 @@ class NearTier:
             told += f"; no peer has a second copy ({reason})"
         elif len(set(self._hosts)) == 1:
             told += "; peers are on the same host"
+        if self._latest is not None:
+            told += f"; the run goes on from the copy of step {self._latest.step:,}"
         return [told]
 
     # --- saving

@@ -127,7 +127,7 @@ class Inventory:
         wanted: dict[Source, list[tuple[str, Box, Box]]] = {}
         targets: dict[Source, list[np.ndarray]] = {}
         indices = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
-        for box in {boxes.box_of(index or (), leaf.shape) for index in indices}:
+        for box in {boxes.box_of(index, leaf.shape) for index in indices}:
             made[box] = np.zeros([stop - start for start, stop in box], dtype)
             for outer, where in saved:
                 part = boxes.common(box, outer)
