@@ -373,7 +373,7 @@ def find_run(
 ) -> Run:
     """Like ``load_run``, with parameters from ``read``, given the folder of the arrays and the
     config."""
-    run = epath.Path(workdir).absolute()
+    run = epath.Path(storage.absolute(workdir))
     folder = run / "checkpoints"
     damaged = []
     for step in _steps(run, which):
@@ -425,7 +425,7 @@ def config_of(workdir: str | os.PathLike, which: str = "best") -> Config | None:
     reader = foreign.reader_of(workdir)
     if reader is not None:
         return reader.config(workdir)
-    run = epath.Path(workdir).absolute()
+    run = epath.Path(storage.absolute(workdir))
     step = _steps(run, which)[0]
     record = manifest.read_record(run / "checkpoints" / str(step))[0]
     return None if record is None else from_json(json.dumps(record["meta"]["config"]))

@@ -35,7 +35,7 @@ class CheckpointFolder:
     def __init__(self, path: str | os.PathLike, keep_last: int, keep_best: bool) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last={keep_last} would keep no checkpoint; set it to 1 or more")
-        self.path = epath.Path(path).absolute()
+        self.path = epath.Path(storage.absolute(path))
         self.keep_last = keep_last
         self.keep_best = keep_best
         self._lock: TextIO | None = None
