@@ -45,7 +45,8 @@ from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train import checkpoint_arrays, extras, lora, manifest
 from mtnlg_jax.train.arrays import check_finite
-from mtnlg_jax.train.checkpoint_folder import CheckpointFolder, Refuse
+from mtnlg_jax.train.checkpoint_folder import CheckpointFolder, Refuse, no_run
+from mtnlg_jax.train.near.agree import gather
 from mtnlg_jax.train.near.opening import restore_near
 from mtnlg_jax.train.near.tier import NearTier
 from mtnlg_jax.train.near.whole import Candidate
@@ -179,7 +180,8 @@ class Checkpoints:
         with self._files.failure_named(step):
             writer.finish()
             manifest.write_record(path, record | {"arrays": arrays})
-            manifest.marker(self.folder, step).unlink()
+            if not is_remote(self.folder):
+                manifest.marker(self.folder, step).unlink()
             self._files.mark_finite(step)
 
     def prove(self) -> None:
@@ -276,6 +278,13 @@ class Checkpoints:
         """Return whether the background is idle, so that `wait` returns or raises at once."""
         return all(pending.done() for pending in self._pending)
 
+    def is_uploading(self) -> bool:
+        """Return whether a save to an object store goes on in any process, the same in all of them.
+
+        False in a local folder, where a save waits for the one before.
+        """
+        return is_remote(self.folder) and any(gather(not self.is_settled()))
+
     def close(self) -> None:
         """Wait, then release the folder for other runs."""
         try:
@@ -298,7 +307,8 @@ class Checkpoints:
                 # The order is the protocol: a kill before the record leaves something unfinished, a
                 # kill after it a whole checkpoint with a marker too many.
                 manifest.write_record(self.folder / str(step), record)
-                manifest.marker(self.folder, step).unlink()
+                if not is_remote(self.folder):
+                    manifest.marker(self.folder, step).unlink()
                 if proven:
                     self._files.mark_finite(step)
 
@@ -412,7 +422,7 @@ def _steps(run: epath.Path, which: str) -> list[int]:
     steps = manifest.finished(folder)[::-1]
     best = manifest.best(folder)
     if not steps:
-        raise FileNotFoundError(_no_run(run))
+        raise FileNotFoundError(no_run(run))
     if which == "best" and best is not None:
         # The others follow in case the best is damaged or deleted while it is read.
         return [best, *(step for step in steps if step != best)]
@@ -429,23 +439,3 @@ def config_of(workdir: str | os.PathLike, which: str = "best") -> Config | None:
     step = _steps(run, which)[0]
     record = manifest.read_record(run / "checkpoints" / str(step))[0]
     return None if record is None else from_json(json.dumps(record["meta"]["config"]))
-
-
-def _no_run(workdir: epath.Path) -> str:
-    """Describe what ``workdir``, which holds no checkpoint, is instead, and what to give."""
-    path = os.fspath(workdir)
-    way_out = "give --workdir of a launch/pretrain.py run, a Hugging Face folder or a GGUF file"
-    if is_remote(workdir):
-        return f"{path} holds no checkpoint; {way_out}"
-    if not os.path.exists(path):
-        return f"{storage.missing(path)}; it holds no checkpoint: {way_out}"
-    # Someone may have given a folder inside a run, such as checkpoints/200.
-    for above in (workdir.parent, workdir.parent.parent):
-        if manifest.finished(above / "checkpoints"):
-            return f"{path} is part of a run and holds no checkpoint; give {os.fspath(above)}"
-    if os.path.isfile(os.path.join(path, "model.safetensors")):
-        return (
-            f"{path} is a Hugging Face model without its config.json, and holds no checkpoint; "
-            "copy the whole folder"
-        )
-    return f"{path} holds no checkpoint; {way_out}"

@@ -6,7 +6,6 @@
 import contextlib
 import errno
 import fcntl
-import math
 import os
 import shutil
 import socket
@@ -39,6 +38,9 @@ class CheckpointFolder:
         self.keep_last = keep_last
         self.keep_best = keep_best
         self._lock: TextIO | None = None
+        # Steps that are there or on their way, on an object store: to list it takes long.
+        self._known: set[int] = set()
+        self._unfinished: set[int] = set()
 
     def close(self) -> None:
         """Release the lock."""
@@ -57,6 +59,9 @@ class CheckpointFolder:
                 # Object stores have no locks. Writing shows at the start, not at the first save,
                 # whether the run may write there.
                 (self.path / "lock").write_text("")
+                self._known.update(self.steps())
+                found = {int(path.name) for path in self.path.iterdir() if path.name.isdigit()}
+                self._unfinished = found - self._known
                 return
             # Appending does not truncate: the file names its owner until the lock is ours.
             self._lock = open(self.path / "lock", "a+")
@@ -101,11 +106,19 @@ class CheckpointFolder:
     def begin(self, step: int, size: int) -> bool:
         """Return whether ``step`` is to be written, after checking the disk and marking it."""
         # A checkpoint that exists is never written again.
+        if is_remote(self.path):
+            # No request otherwise: this is called between two steps.
+            if step in self._unfinished:
+                self._unfinished.remove(step)
+                self._remove(step)
+            new = step not in self._known
+            self._known.add(step)
+            return new
         if step in self.steps():
             return False
         with self.failure_named(step):
             # Better refused now than found out by a write half way, which would leave a leftover.
-            free = math.inf if is_remote(self.path) else shutil.disk_usage(self.path).free
+            free = shutil.disk_usage(self.path).free
             if free < size:
                 raise PassingError(
                     f"the disk is full: {free / 1e6:,.1f} MB are free, {size / 1e6:,.1f} MB needed"
@@ -126,6 +139,7 @@ class CheckpointFolder:
         """Rename the newest checkpoint if it is ``unproven``; return the newest step left."""
         steps = self.steps()
         if steps and steps[-1] == unproven:
+            self._known.discard(steps[-1])
             (self.path / str(steps[-1])).rename(self._free_path(f"{steps.pop()}.diverged"))
         return steps[-1] if steps else None
 
@@ -140,6 +154,12 @@ class CheckpointFolder:
 
     def _remove(self, step: int) -> None:
         path = self.path / str(step)
+        self._known.discard(step)
+        if is_remote(self.path):
+            (path / manifest.RECORD).unlink(missing_ok=True)
+            if path.exists():
+                path.rmtree()
+            return
         marker = manifest.marker(self.path, step)
         # Before the record goes: after a kill in between, this is a leftover and not damage.
         marker.touch()
@@ -170,6 +190,9 @@ class CheckpointFolder:
             yield
         except Exception as error:
             whole = self.steps()
+            if is_remote(self.path) and step not in whole:
+                self._known.discard(step)
+                self._unfinished.add(step)
             # Every process comes here after a failure, and process 0 cleans up.
             if jax.process_index() == 0 and step not in whole:
                 self._discard(step)
@@ -283,3 +306,23 @@ def _reason(error: Exception) -> str:
     if os.strerror(errno.ENOSPC) in text:
         return "the disk is full"
     return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
+
+
+def no_run(workdir: epath.Path) -> str:
+    """Describe what ``workdir``, which holds no checkpoint, is instead, and what to give."""
+    path = os.fspath(workdir)
+    way_out = "give --workdir of a launch/pretrain.py run, a Hugging Face folder or a GGUF file"
+    if is_remote(workdir):
+        return f"{path} holds no checkpoint; {way_out}"
+    if not os.path.exists(path):
+        return f"{storage.missing(path)}; it holds no checkpoint: {way_out}"
+    # Someone may have given a folder inside a run, such as checkpoints/200.
+    for above in (workdir.parent, workdir.parent.parent):
+        if manifest.finished(above / "checkpoints"):
+            return f"{path} is part of a run and holds no checkpoint; give {os.fspath(above)}"
+    if os.path.isfile(os.path.join(path, "model.safetensors")):
+        return (
+            f"{path} is a Hugging Face model without its config.json, and holds no checkpoint; "
+            "copy the whole folder"
+        )
+    return f"{path} holds no checkpoint; {way_out}"

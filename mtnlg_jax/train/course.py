@@ -131,7 +131,9 @@ class Course:
         if saving and self.reporter.is_healthy(self.done, result, stopping):
             meta = self._meta(result)
             self.save = functools.partial(self._save, self.done, self.state, meta, metric)
-            self.best = min(self.best, metric) if self.saver.save(self.save) else self.best
+            # The last state is saved, whatever is still on its way.
+            must = stopping or self.done == train.steps
+            self.best = min(self.best, metric) if self.saver.save(self.save, must) else self.best
         if scoring:  # after the save, so that an error here does not cost the state
             self.score_tasks(self.state.params, self.done, self.show_progress)
         if evaluating and self.enough(self.log.evaluations()) and not stopping:
