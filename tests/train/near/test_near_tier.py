@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from near_states import state_of
 
 from mtnlg_jax.config import Config, MeshConfig, ModelConfig, TrainConfig, to_json, validate
 from mtnlg_jax.parallel.mesh import make_mesh
@@ -50,16 +51,6 @@ def opened(tmp_path):
     yield open_on
     for checkpoints in made:
         checkpoints.close()
-
-
-def state_of(step: int, abstract):
-    """Return a training state whose every value follows from ``step``."""
-    leaves, structure = jax.tree.flatten(abstract)
-    made = []
-    for index, leaf in enumerate(leaves):
-        values = np.random.default_rng([step, index]).normal(size=leaf.shape) * 1000
-        made.append(jax.device_put(values.astype(leaf.dtype), leaf.sharding))
-    return jax.tree.unflatten(structure, made)
 
 
 def bits(tree) -> list[bytes]:
