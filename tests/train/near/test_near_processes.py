@@ -112,7 +112,7 @@ def folder(tmp_path_factory):
         subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(PROCESS), str(me), str(port), folder],
             env=os.environ
-            | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{HERE}", command.HOST: str(me)}
+            | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{HERE.parent}", command.HOST: str(me)}
             | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
             text=True,
             stdout=subprocess.PIPE,
