@@ -160,11 +160,19 @@ class Run:
                 raise RuntimeError(f"nothing happened for {seconds} s:\n{self.tail()}")
             time.sleep(0.005)
 
+    def warnings(self) -> int:
+        return sum("could not be written" in line for line in self.lines)
+
     def tail(self) -> str:
         return "".join(self.lines[-60:])
 
     def process_of(self, number: int) -> int:
         return int((self.workdir / f".lock-{number}").read_text().split()[0])
+
+    def children(self) -> list[int]:
+        """Return the processes that the launcher has started, in their order."""
+        pid = self.process.pid
+        return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
     def newest_copy(self) -> list[Path]:
         """Return the data of the newest near copy on all hosts."""
@@ -185,17 +193,12 @@ def read_lines(path: Path) -> list[dict]:
 
 def hurt(run: Run, kind: str, draw: random.Random, every: int) -> dict:
     """Do one fault, wait until the run goes on, and return what it cost."""
-    begun = len(run.starts())
+    run.wait_for(run.starts)
     restarts = run.restarts()
-    first = run.starts()[-1]["step"] if begun else 0
+    first = run.starts()[-1]["step"]
     wanted = first + draw.randrange(1, 2 * every)
-    early = kind == "SIGKILL" and begun > 1 and draw.random() < 0.15
-    if early:
-        # While it starts: before or after the restore.
-        time.sleep(draw.uniform(0, 4))
-    else:
-        run.wait_for(lambda: any(record["step"] >= wanted for record in run.records()))
-        time.sleep(draw.uniform(0, 0.1))
+    run.wait_for(lambda: any(record["step"] >= wanted for record in run.records()))
+    time.sleep(draw.uniform(0, 0.1))
     victim = draw.randrange(2)
     told: dict = {"kind": kind, "process": victim}
     if kind == "full disk":
@@ -205,6 +208,7 @@ def hurt(run: Run, kind: str, draw: random.Random, every: int) -> dict:
         told["file"] = path.name
         with contextlib.suppress(FileNotFoundError), open(path, "r+b") as file:
             file.truncate(draw.randrange(max(1, path.stat().st_size)))
+    begun = len(run.starts())
     at = time.time()
     name = kind if kind.startswith("SIG") else "SIGKILL"
     with contextlib.suppress(ProcessLookupError):
@@ -216,13 +220,22 @@ def hurt(run: Run, kind: str, draw: random.Random, every: int) -> dict:
         for path in hosts:
             shutil.rmtree(path, ignore_errors=True)
     run.wait_for(lambda: run.restarts() > restarts)
+    if kind == "SIGKILL" and draw.random() < 0.15:
+        # Again while it starts: before, during or after the restore.
+        time.sleep(draw.uniform(0, 8))
+        started = run.children()
+        if len(started) == 2:
+            told["again"] = draw.randrange(2)
+            os.kill(started[told["again"]], signal.SIGKILL)
+            run.wait_for(lambda: run.restarts() > restarts + 1)
     ended = time.time()
-    run.wait_for(lambda: len(run.starts()) > begun)
-    start = run.starts()[begun]
-    again = start["step"]
     run.wait_for(lambda: any(record["time"] > ended for record in run.records()))
     new = min(record["time"] for record in run.records() if record["time"] > ended)
-    reached = start.get("reached", {}).get("step", 0)
+    # A fault while it starts may be seen by two starts.
+    pairs = [
+        (each.get("reached", {}).get("step", 0), each["step"]) for each in run.starts()[begun:]
+    ]
+    reached, again = max(pairs, key=lambda pair: pair[0] - pair[1])
     return told | {
         "reached": reached,
         "resumed": again,
@@ -246,8 +259,12 @@ def dead(run: Run, number: int) -> bool:
 def fill(run: Run, every: int) -> dict:
     """Fill the disk of the near tier for two copies' time."""
     ballast = run.near / "ballast"
-    warned = sum("could not be written" in line for line in run.lines)
+    warned = run.warnings()
     reached = max((record["step"] for record in run.records()), default=0)
+    # A tier with two copies writes the next one where the oldest was, so that one has to go first.
+    newest = {path.parent for path in run.newest_copy()}
+    for folder in {path.parent for path in run.near.rglob("*.own.json")} - newest:
+        shutil.rmtree(folder, ignore_errors=True)
     size = DISK
     with open(ballast, "wb") as file:
         # Down to the last page.
@@ -257,7 +274,7 @@ def fill(run: Run, every: int) -> dict:
             except OSError:
                 size //= 2
     try:
-        run.wait_for(lambda: sum("could not be written" in line for line in run.lines) > warned)
+        run.wait_for(lambda: run.warnings() > warned)
     finally:
         ballast.unlink()
     now = max(record["step"] for record in run.records())

@@ -85,7 +85,8 @@ class NearFiles:
         Raise OSError where they cannot be written; nothing of them is left then.
         """
         name = name_of(copy, process, kind)
-        os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
+        os.makedirs(self.folder, 0o700, exist_ok=True)
+        os.makedirs(self.path(copy.name), exist_ok=True)
         data = self.path(name, ".data")
         sums: list[int] = []
         try:

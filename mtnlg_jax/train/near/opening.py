@@ -1,5 +1,6 @@
 """Open the near tier of a run, and make a training state from one of its copies."""
 
+import hashlib
 import os
 import secrets
 from typing import Any
@@ -38,7 +39,10 @@ def _id_of_run(checkpoints: str) -> str:
         if found is None:
             found = secrets.token_hex(8).encode()
             storage.write_file(checkpoints, NAME, found)
-        return found.decode().strip()
+        # With its path, so that a copy of the folder is another run.
+        place = storage.absolute(checkpoints)
+        place = place if storage.is_remote(place) else os.path.realpath(place)
+        return hashlib.sha256(found.strip() + place.encode(errors="replace")).hexdigest()[:16]
 
     return processes.run_on_first(drawn)
 

@@ -64,7 +64,8 @@ class NearTier:
         self._background = ThreadPoolExecutor(1, "near tier")
         self._buffer = np.empty(self._own_bytes, np.uint8)
         # Pages are made when they are first written, which takes 40 times as long as a copy.
-        self._pending: list[Future] = [self._background.submit(self._buffer.fill, 0)]
+        self._writing: Future = self._background.submit(self._buffer.fill, 0)
+        self._marks: list[Future] = []
         self._start = processes.run_on_first(lambda: secrets.token_hex(4))
         self._secret = processes.run_on_first(lambda: secrets.token_hex(16))
         self._whole: list[Copy] = []  # those that every process has finished, the newest last
@@ -93,7 +94,9 @@ class NearTier:
         free = 0
         why = ""
         try:
-            os.makedirs(self.files.folder, exist_ok=True)
+            os.makedirs(os.path.dirname(self.files.folder), exist_ok=True)
+            # Nobody else reads the parameters of a run.
+            os.makedirs(self.files.folder, 0o700, exist_ok=True)
             # What an earlier start left makes room.
             free = shutil.disk_usage(self.files.folder).free + self.files.used()
             with contextlib.suppress(OSError):
@@ -171,12 +174,14 @@ class NearTier:
         self._latest = copy
         self._unproven = copy
         self._good = True
-        self._pending.append(self._background.submit(self._write, copy, about))
+        self._writing = self._background.submit(self._write, copy, about)
 
     def _settle(self) -> bool:
         """Return whether every process is done with the latest copy. Then it is whole, or gone."""
-        self._pending = [each for each in self._pending if not each.done() or each.result()]
-        mine = np.array([bool(self._pending), self._good], np.int32)
+        busy = not self._writing.done()
+        if not busy:
+            self.wait()  # raises what went wrong
+        mine = np.array([busy, self._good], np.int32)
         everyone = multihost_utils.process_allgather(mine).reshape(-1, 2)
         if everyone[:, 0].any():
             return False
@@ -290,12 +295,13 @@ class NearTier:
         self._unproven = None
         if copy is not None:
             me = jax.process_index()
-            self._pending.append(self._background.submit(self.files.mark_finite, copy, me))
+            self._marks.append(self._background.submit(self.files.mark_finite, copy, me))
 
     def wait(self) -> None:
         """Return once this process has written its part of the newest copy."""
-        while self._pending:
-            self._pending.pop(0).result()
+        self._writing.result()
+        while self._marks:
+            self._marks.pop(0).result()
 
     def give_up(self) -> int | None:
         """Remove the newest copy if no loss of its parameters was finite; return the newest step

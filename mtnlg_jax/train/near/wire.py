@@ -19,7 +19,7 @@ from absl import logging
 
 from mtnlg_jax import compat
 
-TIMEOUT = 60  # seconds without a byte after which an exchange has failed
+TIMEOUT = 300  # seconds without a byte after which an exchange has failed; a sync may take some
 PIECE = 1 << 22  # bytes read at once
 _LENGTH = struct.Struct("!I")
 

@@ -1,5 +1,6 @@
 """The near tier in one process: copies restored on any mesh, damage, room, what counts as good."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -178,6 +179,35 @@ def test_another_run_in_the_same_folder_has_copies_of_its_own(opened, tmp_path):
     assert files(tmp_path, ".json")
 
 
+def test_a_copied_run_folder_is_another_run(opened, tmp_path):
+    checkpoints, abstract = opened(2, 1)
+    save(checkpoints, abstract, 2)
+    checkpoints.close()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "run")
+    assert opened(2, 1)[0].restore(abstract, IDENTITY)[0] == 2
+    train = dataclasses.replace(TRAIN, near_folder=str(tmp_path / "host"))
+    folder = str(tmp_path / "moved/checkpoints")
+    config = config_on(2, 1)
+    mesh = make_mesh(config.mesh, jax.devices()[:2])
+    with contextlib.closing(
+        Checkpoints(folder, near=lambda: opening.open_near(train, folder, abstract, mesh))
+    ) as moved:
+        assert moved.restore(abstract, IDENTITY) is None
+
+
+def test_a_copy_every_step_is_never_left_out(opened, caplog):
+    """The mark of the one before is not a reason."""
+    checkpoints, abstract = opened(2, 1)
+    for step in (1, 2, 3):
+        checkpoints.prove()
+        checkpoints.near.save(step, state_of(step, abstract), meta_of(step))
+        checkpoints.near._writing.result()
+    assert not caplog.text
+    checkpoints.near.wait()
+    assert checkpoints.restore(abstract, IDENTITY)[0] == 3
+
+
 def test_copies_go_once_the_run_is_saved(opened, tmp_path):
     checkpoints, abstract = opened(2, 1)
     save(checkpoints, abstract, 2)
@@ -192,7 +222,7 @@ def test_a_busy_tier_leaves_a_copy_out(opened, caplog, monkeypatch):
     checkpoints, abstract = opened(2, 1)
     near = checkpoints.near
     near.wait()
-    monkeypatch.setattr(near, "_pending", [types.SimpleNamespace(done=lambda: False)])
+    monkeypatch.setattr(near, "_writing", types.SimpleNamespace(done=lambda: False))
     near.save(2, state_of(2, abstract), meta_of(2))
     assert "the near copy of step 2 is left out" in caplog.text
     monkeypatch.undo()
