@@ -111,7 +111,8 @@ def run(args, folder: Path, name: str, near_every: int) -> tuple[float, list[flo
         stdout=subprocess.DEVNULL,
     )
     records = train_records(folder / name)
-    first, last = records[SKIPPED], records[-2]  # the last step also saves
+    first = records[SKIPPED]
+    last = records[-2]  # the last step also saves
     seconds = (last["time"] - first["time"]) / (last["step"] - first["step"])
     return seconds, [record["loss"] for record in records]
 
@@ -129,7 +130,8 @@ def near_tier(args, folder: Path) -> dict:
             every: run(args, folder, f"{number}-{every}", every)
             for every in (sides if number % 2 else reversed(sides))
         }
-        (with_it, losses), (without, others) = found[args.near_every], found[0]
+        with_it, losses = found[args.near_every]
+        without, others = found[0]
         rounds.append({"with": with_it, "without": without, "equal": losses == others})
         print(json.dumps(rounds[-1]), flush=True)
     ratios = [each["with"] / each["without"] - 1 for each in rounds]

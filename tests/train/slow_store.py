@@ -181,7 +181,8 @@ class _Files(fsspec.AbstractFileSystem):
     def mv(self, path1, path2, recursive=False, **_) -> None:
         store = _store[0]
         store.wait()
-        old, new = self._name(path1), self._name(path2)
+        old = self._name(path1)
+        new = self._name(path2)
         for each in store.below(old):
             store.put(new + each[len(old) :], store.objects.pop(each)[0])
 
