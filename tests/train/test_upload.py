@@ -17,7 +17,7 @@ from mtnlg_jax.train.state import abstract_state
 MODEL = ModelConfig(
     num_layers=1, hidden_size=16, num_attention_heads=4, vocab_size=64, max_position_embeddings=8
 )
-SECONDS = 0.005  # of a request; a checkpoint of this model takes about 150
+SECONDS = 0.003  # of a request; a checkpoint of this model takes about 150
 META = {"identity": {}}
 
 
@@ -81,6 +81,7 @@ def test_steps_go_on_while_a_checkpoint_is_uploaded(store, abstract, caplog):
         assert step == 8 and (np.asarray(leaf) == 8).all()
 
 
+@pytest.mark.slow  # two uploads
 def test_an_unfinished_upload_is_skipped_and_written_again(store, abstract):
     checkpoints = Checkpoints("gs://bucket/other/checkpoints")
     checkpoints.save(1, state_of(1, abstract), META)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -46,33 +47,37 @@ def records(workdir) -> list[dict]:
 
 
 def test_a_lost_run_goes_on_from_its_near_copy(prepared, tmp_path, monkeypatch):
-    loop.train(config_of(prepared, 0), str(tmp_path / "alone"), show_progress=False)
-    config = config_of(prepared, 2, tmp_path / "host")
+    config = config_of(prepared, 3, tmp_path / "host")
     real = loop.batch_at
 
     def failing(config, mesh, data, step, samples):
-        if step == 5:
+        if step == 6:
             raise RuntimeError("the machine is gone")
         return real(config, mesh, data, step, samples)
 
     monkeypatch.setattr(loop, "batch_at", failing)
+    run = tmp_path / "run"
     with pytest.raises(RuntimeError, match="the machine is gone"):
-        loop.train(config, str(tmp_path / "lost"), show_progress=False)
-    assert not list((tmp_path / "lost/checkpoints").glob("[0-9]*"))
+        loop.train(config, str(run), show_progress=False)
+    assert not list((run / "checkpoints").glob("[0-9]*"))
+    before = records(run)
+    assert [record["step"] for record in before] == [1, 2, 3, 4, 5, 6]
+    # Of the copy of step 6 a piece is lost with the machine, so steps 4 to 6 are done again.
+    [newest] = (tmp_path / "host").rglob("6-*/0.own.data")
+    os.truncate(newest, 10)
     monkeypatch.setattr(loop, "batch_at", real)
     told = []
-    loop.train(config, str(tmp_path / "lost"), show_progress=False, announce=told.append)
-    assert "resumes from its checkpoint of step 4 of 7" in told[0]
-    assert "every 2 steps in" in told[0] and "the copy of step 4" in told[0]
-    starts = [
-        json.loads(line) for line in (tmp_path / "lost/starts.jsonl").read_text().splitlines()
-    ]
-    assert [start["step"] for start in starts] == [0, 4]
-    assert records(tmp_path / "lost") == records(tmp_path / "alone")
+    loop.train(config, str(run), show_progress=False, announce=told.append)
+    assert "resumes from its checkpoint of step 3 of 7" in told[0]
+    assert "every 3 steps in" in told[0] and "the copy of step 3" in told[0]
+    starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 3]
+    assert records(run)[:6] == before
     # The last checkpoint has the state, so the memory of the host is free again.
     assert not list((tmp_path / "host").rglob("*.data"))
 
 
+@pytest.mark.slow  # test_near_tier.py gives a copy up
 def test_a_state_that_is_not_finite_is_not_copied(prepared, tmp_path, monkeypatch):
     """The learning rate overflows the parameters: the first step is finite, the second is not."""
     config = config_of(prepared, 1, tmp_path / "host")
