@@ -39,7 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MEASURED = {"tokens_per_second", "mfu", "time"}  # of the clock, not of the run
 KINDS = ("SIGKILL", "SIGSTOP", "SIGTERM", "full disk", "truncated", "lost host")
 WEIGHTS = (35, 10, 20, 10, 15, 10)
-STEPS_A_FAULT = 14  # of the run: progress between two faults, and the near tier's interval twice
+STEPS_A_FAULT = 10  # of the run: about 6 between two faults, 20 for a full disk
+SPARE = 60  # further steps
 DISK = 64 << 20  # bytes of the near tier's disk; two copies of two hosts take 12 MB
 PATIENCE = 240  # seconds for a start on a busy machine
 
@@ -298,7 +299,7 @@ def main(argv=None) -> dict:
         mounted = stack.enter_context(small_disk(folder / "near"))
         kinds = [kind for kind in KINDS if kind in args.kinds and (mounted or kind != "full disk")]
         weights = [WEIGHTS[KINDS.index(kind)] for kind in kinds]
-        steps = STEPS_A_FAULT * args.faults + 30
+        steps = STEPS_A_FAULT * args.faults + SPARE
         draw = random.Random(args.seed)
         began = time.time()
         run = Run(args, folder, "hurt", steps)
