@@ -53,6 +53,11 @@ class CheckpointFolder:
 
     def open(self) -> None:
         """Create and lock the folder, and remove leftovers."""
+        if is_remote(self.path) and not os.fspath(self.path).startswith("gs://"):
+            raise ValueError(
+                f"{self.path}: Orbax writes checkpoints to folders and to gs://; mount the store "
+                "as a folder, and give its path as --workdir"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if is_remote(self.path):

@@ -94,3 +94,8 @@ def test_an_unfinished_upload_is_skipped_and_written_again(store, abstract):
     _, state, _ = checkpoints.restore(abstract, {})
     checkpoints.close()
     assert all((np.asarray(leaf) == 3).all() for leaf in jax.tree.leaves(state))
+
+
+def test_a_store_that_orbax_does_not_write_is_refused():
+    with pytest.raises(ValueError, match=r"s3://bucket/run: Orbax writes checkpoints to folders"):
+        Checkpoints("s3://bucket/run")
