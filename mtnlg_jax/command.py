@@ -19,6 +19,8 @@ from mtnlg_jax.errors import BAD_INPUT, INTERRUPTED, PROCESS_LOST, PassingError,
 
 # File descriptor of a pipe whose other end only the launcher holds.
 LAUNCHER_PIPE = "MTNLG_LAUNCHER_PIPE"
+# Number of the simulated host of a process, where one machine stands for several.
+HOST = "MTNLG_HOST"
 LAUNCHER_GRACE = 300  # seconds for a save after the launcher has ended
 
 _GROUPS: dict[str, None] = {}  # titles of `flag_group`, in the order of definition

@@ -6,6 +6,7 @@ import inspect
 import logging as standard_logging
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,26 @@ def result_like(shape: tuple[int, ...], dtype: Any, *inputs: Any) -> jax.ShapeDt
     return jax.ShapeDtypeStruct(
         shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes)
     )
+
+
+def addresses_for_others() -> list[str]:
+    """Return names under which the other processes may reach this host, the likeliest first.
+
+    With one process, and where the coordinator is on this machine's loopback, it is "localhost".
+    """
+    from jax._src import distributed
+
+    coordinator = distributed.global_state.coordinator_address
+    name, _, port = (coordinator or "localhost:1").rpartition(":")
+    name = name.strip("[]")
+    if name in ("localhost", "127.0.0.1", "::1"):
+        return ["localhost"]
+    found = []
+    # The others have reached process 0 by this very name.
+    if jax.process_index() == 0:
+        found.append(name)
+    # Nothing is sent: connecting a datagram socket only chooses the address of this side.
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((name, int(port)))
+        found.append(probe.getsockname()[0])
+    return list(dict.fromkeys([*found, socket.getfqdn()]))

@@ -19,6 +19,11 @@ def is_remote(location: str | os.PathLike) -> bool:
     return "://" in str(location)
 
 
+def absolute(location: str | os.PathLike) -> str:
+    """Return an absolute path, or the URL as it is."""
+    return str(location) if is_remote(location) else os.path.abspath(location)
+
+
 def join(location: str | os.PathLike, *names: str) -> str:
     """Return the path or URL of ``names`` below ``location``."""
     return "/".join([str(location).rstrip("/") or "/", *names])

@@ -288,11 +288,15 @@ def test_config_fields_that_name_files_are_marked():
     config = dataclasses.replace(
         Config(),
         data=DataConfig(path="1", tokenizer="2", heldout="3"),
-        train=TrainConfig(init="4", stages=(StageConfig(distill="5", blend=(("6", 1.0),)),)),
+        train=TrainConfig(
+            init="4", stages=(StageConfig(distill="5", blend=(("6", 1.0),)),), near_folder="7"
+        ),
     )
     mapped = map_paths(config, lambda text: seen.append(text) or f"/{text}")
-    assert sorted(seen) == list("123456") and mapped.train.stages[0].blend == (("/6", 1.0),)
-    assert map_paths(Config(), lambda text: "changed") == Config()  # an empty text is not a path
+    assert sorted(seen) == list("1234567") and mapped.train.stages[0].blend == (("/6", 1.0),)
+    # An empty text is not a path.
+    empty = dataclasses.replace(Config(), train=TrainConfig(near_folder=""))
+    assert map_paths(empty, lambda text: "changed") == empty
 
 
 def test_a_missing_config_suggests_one_of_the_repository(tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ from types import FrameType
 from absl import flags
 
 from mtnlg_jax import command, errors
+from mtnlg_jax.cli.processes.nodes import Nodes, fitted
 from mtnlg_jax.config import Config, load_config, map_paths, override, split_argument
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -99,6 +100,27 @@ _LOCAL_DEVICES = flags.DEFINE_integer(
 _GRACE = flags.DEFINE_integer(
     "grace", 120, "local: seconds that the others have to end by themselves after a failure"
 )
+_REPLAN = flags.DEFINE_bool(
+    "replan",
+    False,
+    "after the loss of nodes go on with the fastest mesh of those that are left (docs/recovery.md)",
+)
+_HEALTH = flags.DEFINE_string(
+    "health", None, "local: a command that fails where node $MTNLG_NODE cannot be used"
+)
+_STRIKES = flags.DEFINE_integer(
+    "strikes",
+    2,
+    "local, without --health: starts in a row without a step after which a node whose process "
+    "ended by itself counts as lost",
+    lower_bound=1,
+)
+_LEAST_NODES = flags.DEFINE_integer(
+    "least_nodes", 1, "slurm with --replan: nodes with which a job may start", lower_bound=1
+)
+_KIND = flags.DEFINE_string(
+    "kind", None, "kind of chip, such as H100, in whose memory a mesh of --replan must fit"
+)
 
 
 def main() -> int:
@@ -115,10 +137,15 @@ def main() -> int:
     text = None
     if _CLUSTER.value == "slurm":
         environment["MTNLG_ROOT"] = ROOT
+        nodes = str(_NODES.value)
+        if _REPLAN.value:
+            environment["MTNLG_REPLAN"] = nodes
+            environment["MTNLG_KIND"] = _KIND.value or ""
+            nodes = f"{_LEAST_NODES.value}-{nodes}"
         argv = [
             "sbatch",
             f"--job-name={_NAME.value}",
-            f"--nodes={_NODES.value}",
+            f"--nodes={nodes}",
             f"--gpus-per-node={_CHIPS.value}",
             f"--ntasks-per-node={_CHIPS.value}",
             "--export=ALL",
@@ -131,6 +158,8 @@ def main() -> int:
         argv = ["bash", os.path.join(HERE, "tpu_pod.sh"), _NAME.value, str(_ZONE.value), *given]
     else:
         environment = {}
+        if _REPLAN.value:
+            given += _planned(given)
         argv = ["kubectl", "apply", "-f", "-"]
         text = manifest(given)
     if _DRY_RUN.value:
@@ -310,16 +339,21 @@ def local(given: list[str]) -> int:
             number = getattr(signal, name)
             if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, pass_on)
+    nodes = Nodes(_NODES.value, _HEALTH.value, _STRIKES.value, command.expand(_WORKDIR.value))
     for failure in range(1, _restarts() + 2):
+        used, mesh = _nodes_and_mesh(nodes, given)
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = 1234 if _DRY_RUN.value else free.getsockname()[1]
-        commands = [_local_command(given, port, process) for process in range(_NODES.value)]
+        commands = [
+            _local_command([*given, *mesh], port, process, len(used))
+            for process in range(len(used))
+        ]
         if _DRY_RUN.value:
             print("\n".join(shlex.join(argv) for argv in commands))
             return 0
         running.clear()
-        for argv in commands:
+        for node, argv in zip(used, commands, strict=True):
             if not stop.is_set():
                 running.append(
                     subprocess.Popen(
@@ -330,17 +364,26 @@ def local(given: list[str]) -> int:
                         errors="replace",
                         start_new_session=True,
                         pass_fds=[reading],
-                        env=os.environ | {command.LAUNCHER_PIPE: str(reading)},
+                        # Near copies of a process lie as on a host of its own.
+                        env=os.environ
+                        | {command.LAUNCHER_PIPE: str(reading), command.HOST: str(node)},
                     )
                 )
         if stop.is_set():  # a signal during the start, which the last process may have missed
             for process in running:
                 if process not in signaled:
                     process.send_signal(signal.SIGTERM)
-        codes = _follow(running)
+        codes, killed = _follow(running)
         final = [code for code in codes if code in errors.FINAL]
         followed = (errors.PROCESS_LOST, 128 + signal.SIGABRT)  # ended because of another process
         own = [code for code in codes if code and code not in followed]
+        nodes.ended(
+            [
+                node
+                for number, node in enumerate(used)
+                if codes[number] in own and number not in killed
+            ]
+        )
         code = final[0] if final else max(own or codes, default=errors.PREEMPTED)
         if not any(codes) or final or stop.is_set() or failure > _restarts():
             break
@@ -355,7 +398,39 @@ def local(given: list[str]) -> int:
     return code
 
 
-def _local_command(given: list[str], port: int, process: int) -> list[str]:
+def _nodes_and_mesh(nodes: Nodes, given: list[str]) -> tuple[list[int], list[str]]:
+    """Return the nodes of the next start, and the flags of their mesh: none where all are there."""
+    every = list(range(nodes.count))
+    if not _REPLAN.value or _DRY_RUN.value or not _trains():
+        return every, []
+    left = nodes.usable()
+    if left == every:
+        return every, []
+    if not left:
+        raise ValueError(
+            f"none of the {nodes.count} nodes can be used; start again when one can, with the same "
+            "--workdir"
+        )
+    devices = _LOCAL_DEVICES.value or _CHIPS.value
+    lost = ", ".join(str(node) for node in every if node not in left)
+    print(f"node {lost} of {nodes.count} cannot be used", file=sys.stderr, flush=True)
+    count, mesh = fitted(given, left, devices, _KIND.value)
+    return left[:count], mesh
+
+
+def _planned(given: list[str]) -> list[str]:
+    """Return the flags of the fastest mesh of all nodes of a cluster that restarts by itself."""
+    nodes = _NODES.value * (_SLICES.value if _CLUSTER.value == "gke_tpu" else 1)
+    count, mesh = fitted(given, list(range(nodes)), _CHIPS.value, _KIND.value)
+    if count < nodes:
+        raise ValueError(
+            f"--replan: no mesh takes all {nodes} nodes of {_CHIPS.value}, and one takes {count}; "
+            f"give --nodes={count}"
+        )
+    return mesh
+
+
+def _local_command(given: list[str], port: int, process: int, count: int) -> list[str]:
     devices = [f"--local_devices={_LOCAL_DEVICES.value}"] if _LOCAL_DEVICES.value else []
     return [
         sys.executable,
@@ -364,7 +439,7 @@ def _local_command(given: list[str], port: int, process: int) -> list[str]:
         *_no_progress(),
         *devices,
         f"--coordinator=localhost:{port}",
-        f"--processes={_NODES.value}",
+        f"--processes={count}",
         f"--process_id={process}",
     ]
 
@@ -373,8 +448,9 @@ def _no_progress() -> list[str]:
     return ["--noprogress"] if _trains() else []
 
 
-def _follow(running: list[subprocess.Popen]) -> list[int]:
-    """Wait for all processes and return their exit codes (128 + n for signal n).
+def _follow(running: list[subprocess.Popen]) -> tuple[list[int], set[int]]:
+    """Wait for all processes; return their exit codes (128 + n for signal n), and which of them
+    were killed here.
 
     Their output is printed, each line with the number of its process. Processes that still run
     --grace seconds after the first failure are killed.
@@ -389,19 +465,23 @@ def _follow(running: list[subprocess.Popen]) -> list[int]:
     for reader in readers:
         reader.start()
     failed = None
+    killed: set[int] = set()
     while any(process.poll() is None for process in running):
         time.sleep(0.1)
         if failed is None and any(process.returncode for process in running):
             failed = time.monotonic()
         if failed is not None and time.monotonic() - failed > _GRACE.value:
-            for process in running:
-                process.kill()
+            for number, process in enumerate(running):
+                if process.poll() is None:
+                    process.kill()
+                    killed.add(number)
     for reader in readers:
         reader.join()
-    return [
+    codes = [
         128 - process.returncode if process.returncode < 0 else process.returncode
         for process in running
     ]
+    return codes, killed
 
 
 if __name__ == "__main__":

@@ -78,6 +78,9 @@ def small_model(config: Config, parts: Parts) -> ModelConfig:
     def wide(width: int | None) -> int | None:
         return up_to(width * ratio, 2 * unit) if width else width
 
+    def base(width: int | None, of: int, new: int) -> int | None:
+        return max(1, round(width / of * new)) if width else width
+
     changes: dict[str, Any] = {
         "num_layers": 0,
         "hidden_size": hidden,
@@ -85,6 +88,8 @@ def small_model(config: Config, parts: Parts) -> ModelConfig:
         "num_query_groups": groups if model.num_query_groups else None,
         "kv_channels": head if model.kv_channels else None,
         "ffn_hidden_size": wide(model.ffn_hidden_size),
+        "mup_base_hidden_size": base(model.mup_base_hidden_size, model.hidden_size, hidden),
+        "mup_base_kv_channels": base(model.mup_base_kv_channels, model.head_width, head),
         "max_position_embeddings": up_to(max(1, scale * model.max_position_embeddings), length),
         "layer_pattern": _pattern(model, length, config.sequence_length),
         "moe": _experts(model.moe, config.mesh, parts, wide),

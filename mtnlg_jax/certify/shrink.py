@@ -28,13 +28,28 @@ from mtnlg_jax.train.checkpoint import config_of
 
 STEPS = 4  # of the small run; its state is saved in the middle
 
-# Settings of tasks that a run scores, which no gradient depends on.
-_TASKS = (
+# Settings of what watches and keeps a run, which no gradient depends on.
+_WATCHING = (
     "eval_tasks",
     "eval_tasks_every",
     "eval_tasks_rows",
     "eval_tasks_fewshot",
     "eval_tasks_data",
+    "spike_policy",
+    "spike_deviations",
+    "spike_window",
+    "spike_leave_out",
+    "stats_every",
+    "verify_every",
+    "near_every",
+    "near_folder",
+    "trackers",
+    "profile_steps",
+    "profile_signal",
+    "profile_signal_steps",
+    "sample_prompts",
+    "sample_every",
+    "sample_tokens",
 )
 
 
@@ -137,8 +152,11 @@ def _optimizer(optimizer: OptimizerConfig, narrow: int) -> OptimizerConfig:
             dp_delta=None,
             dp_secret="",
         )
+    if optimizer.warmup_samples is not None:
+        optimizer = dataclasses.replace(optimizer, warmup_samples=None, warmup_fraction=0.25)
     rank = min(optimizer.lora_rank, 4, narrow)
-    return dataclasses.replace(optimizer, lora_rank=rank)
+    # Numbers of samples are those of the whole run, and four steps have no cycles.
+    return dataclasses.replace(optimizer, lora_rank=rank, decay_samples=None, lr_cycles=1)
 
 
 def _train(config: Config, parts: Parts, length: int) -> TrainConfig:
@@ -161,7 +179,7 @@ def _train(config: Config, parts: Parts, length: int) -> TrainConfig:
     ramp = (unit, unit, batch) if train.rampup_batch_size else None
     # Of one device's micro-batch more than one chunk is left, as in the large run.
     tokens = (micro or number) * length
-    changes = {name: getattr(TrainConfig, name) for name in _TASKS}
+    changes = {name: getattr(TrainConfig, name) for name in _WATCHING}
     if not lora.used(config):
         changes["init"] = ""
     return dataclasses.replace(

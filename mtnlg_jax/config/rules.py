@@ -92,6 +92,16 @@ _RULES: Rules = (
         lambda c: len(set(c.train.eval_tasks)) < len(c.train.eval_tasks),
         "train.eval_tasks={c.train.eval_tasks} names a task twice; name each once",
     ),
+    (
+        lambda c: c.train.near_every and not c.train.near_folder,
+        "train.near_every={c.train.near_every} needs train.near_folder, a folder local to each "
+        "host; name one, such as /dev/shm/mtnlg_jax, or set train.near_every=0",
+    ),
+    (
+        lambda c: c.train.near_every and "://" in c.train.near_folder,
+        "train.near_folder={c.train.near_folder} is an object store, where the checkpoints may be; "
+        "name a folder local to each host, such as /dev/shm/mtnlg_jax",
+    ),
     (lambda c: not c.train.stages, "train.stages is empty; give at least one StageConfig"),
     (
         lambda c: c.mesh.context > 1 and c.mesh.context_mode == "ring" and _ring_cannot(c.model),

@@ -197,6 +197,12 @@ class TrainConfig:
     save_every: CountFrom0 = 200
     # Newest checkpoints to keep. With 2 a damaged one still leaves a way back.
     keep_last: Count = 2
+    # Steps from one near copy of the state to the next: written on the hosts themselves, beside the
+    # checkpoints, so that a failure costs few steps (docs/recovery.md). 0: off.
+    near_every: CountFrom0 = 0
+    # Folder of near copies, local to each host. The default is host memory: it outlives processes
+    # and is the fastest; a folder on a local disk also outlives a restart of the host.
+    near_folder: str = field(default="/dev/shm/mtnlg_jax", metadata=PATH)
     # Also keep the checkpoint with the lowest held-out loss. Each new best evaluation is then saved
     # at once.
     keep_best: bool = True

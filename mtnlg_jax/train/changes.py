@@ -155,6 +155,8 @@ FREE = {
     "train.eval_tasks_data",
     "train.save_every",
     "train.keep_last",
+    "train.near_every",
+    "train.near_folder",
     "train.keep_best",
     "train.max_bad_steps",
     "train.watchdog_seconds",

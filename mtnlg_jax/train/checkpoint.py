@@ -42,26 +42,34 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mtnlg_jax import foreign, storage
-from mtnlg_jax.command import CHECKPOINTS
 from mtnlg_jax.config import Config, from_json
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train import checkpoint_arrays, extras, lora, manifest
 from mtnlg_jax.train.arrays import check_finite
-from mtnlg_jax.train.checkpoint_folder import CheckpointFolder, Refuse
+from mtnlg_jax.train.checkpoint_folder import CheckpointFolder, Refuse, steps_of
+from mtnlg_jax.train.near.agree import gather
+from mtnlg_jax.train.near.opening import restore_near
+from mtnlg_jax.train.near.tier import NearTier
+from mtnlg_jax.train.near.whole import Candidate
 from mtnlg_jax.train.processes import run_on_first
 
 
 class Checkpoints:
     """The checkpoints of one run in ``folder`` (a path or ``gs://...``).
 
-    Keep the ``keep_last`` newest, and with ``keep_best`` the one with the lowest metric.
+    Keep the ``keep_last`` newest, and with ``keep_best`` the one with the lowest metric. ``near``
+    makes the near tier, once the folder is locked.
     ``warnings`` lists what ``restore`` found damaged. Raise OSError where ``folder`` cannot be
     written, or while another run writes to it.
     """
 
     def __init__(
-        self, folder: str | os.PathLike, keep_last: int = 2, keep_best: bool = True
+        self,
+        folder: str | os.PathLike,
+        keep_last: int = 2,
+        keep_best: bool = True,
+        near: Callable[[], NearTier] | None = None,
     ) -> None:
         self._files = CheckpointFolder(folder, keep_last, keep_best)
         self.folder = self._files.path
@@ -70,6 +78,12 @@ class Checkpoints:
         self.lacking: set[str] = set()
         # Process 0 holds the one lock of the folder; its error is raised in all processes.
         run_on_first(self._files.open)
+        # Made behind the lock: two runs of one folder have one near tier.
+        try:
+            self.near = near() if near else None
+        except ValueError:
+            self._files.close()
+            raise
         self._orbax = checkpoint_arrays.make_writer()
         # One thread, so that saves, marks and deletions happen in order.
         self._background = ThreadPoolExecutor(1, "checkpoint")
@@ -172,7 +186,8 @@ class Checkpoints:
         with self._files.failure_named(step):
             writer.finish()
             manifest.write_record(path, record | {"arrays": arrays})
-            manifest.marker(self.folder, step).unlink()
+            if not is_remote(self.folder):
+                manifest.marker(self.folder, step).unlink()
             self._files.mark_finite(step)
 
     def prove(self) -> None:
@@ -180,6 +195,8 @@ class Checkpoints:
 
         Return at once.
         """
+        if self.near:
+            self.near.prove()
         step = self._unproven
         self._unproven = None
         # In the background and behind the save that it belongs to, since there is one thread.
@@ -192,8 +209,10 @@ class Checkpoints:
         Return the step of the newest one that is left, the same in every process; None without any.
         """
         self.wait()
+        near = self.near.give_up() if self.near else None
         # Only an unproven checkpoint is renamed: an older one led to finite steps.
-        return run_on_first(lambda: self._files.set_aside(self._unproven))
+        far = run_on_first(lambda: self._files.set_aside(self._unproven))
+        return max((step for step in (near, far) if step is not None), default=None)
 
     def distrust(self, after: int) -> int | None:
         """Set the checkpoints of steps above ``after`` aside.
@@ -201,7 +220,9 @@ class Checkpoints:
         Return the step of the newest one that is left, the same in every process; None without any.
         """
         self.wait()
-        return run_on_first(lambda: self._files.set_later_aside(after))
+        near = self.near.distrust(after) if self.near else None
+        far = run_on_first(lambda: self._files.set_later_aside(after))
+        return max((step for step in (near, far) if step is not None), default=None)
 
     def restore(
         self,
@@ -209,7 +230,7 @@ class Checkpoints:
         identity: dict,
         refuse: Refuse = lambda meta, step, params_only: None,
     ) -> tuple[int, Any, dict] | None:
-        """Return (step, state, meta) of the newest whole checkpoint; None in an empty folder.
+        """Return (step, state, meta) of the newest whole checkpoint or near copy; None without any.
 
         ``abstract_state`` gives structure, shapes, types and, for any mesh, shardings
         (ShapeDtypeStructs). ``refuse`` is called before anything large is read. A damaged
@@ -222,11 +243,23 @@ class Checkpoints:
         shapes = checkpoint_arrays.shapes(flat)
         # Through JSON, as the saved identity went, so that a tuple equals its list.
         given = json.loads(json.dumps(identity))
+
+        near = self.near.candidates() if self.near else []
+        # Not hashed yet: a near copy that is as new spares that.
+        far = run_on_first(lambda: max(manifest.candidates(self.folder), default=-1))
+        if self.near and (found := self.near.newest(near, far, given, shapes, refuse)):
+            return self._restore_near(self.near, found, abstract_state)
         chosen, warnings = run_on_first(lambda: self._files.choose(given, shapes, refuse))
         # Only process 0 looked, but every process keeps the warnings.
         for warning in warnings:
             logging.warning("%s", warning)
         self.warnings += warnings
+        # Where the newest checkpoints are damaged, a near copy may be newer than the one left.
+        far = -1 if chosen is None else chosen["step"]
+        if self.near and (found := self.near.newest(near, far, given, shapes, refuse)):
+            return self._restore_near(self.near, found, abstract_state)
+        if self.near:
+            self.near.go_on_from(None)
         if chosen is None:
             return None
         path = self.folder / str(chosen["step"])
@@ -234,6 +267,23 @@ class Checkpoints:
         self.lacking = extras.lacking(flat, chosen["arrays"])
         self._unproven = None if chosen["proven"] else chosen["step"]
         return chosen["step"], state, chosen["meta"]
+
+    def _restore_near(
+        self, near: NearTier, found: Candidate, abstract_state: Any
+    ) -> tuple[int, Any, dict]:
+        state, self.lacking = restore_near(near, found, abstract_state)
+        self._unproven = None
+        return found.copy.step, state, found.about["meta"]
+
+    def lines(self) -> list[str]:
+        """Return what the start of a run says of its near tier."""
+        return self.near.lines() if self.near else []
+
+    def drop_near(self) -> None:
+        """Remove the near copies that are not newer than the last checkpoint."""
+        if self.near:
+            newest = run_on_first(lambda: max(self.steps(), default=-1))
+            self.near.drop(newest)
 
     def wait(self) -> None:
         """Return once the last save is on disk. Raise OSError if it failed."""
@@ -244,12 +294,21 @@ class Checkpoints:
         """Return whether the background is idle, so that `wait` returns or raises at once."""
         return all(pending.done() for pending in self._pending)
 
+    def is_uploading(self) -> bool:
+        """Return whether a save to an object store goes on in any process, the same in all of them.
+
+        False in a local folder, where a save waits for the one before.
+        """
+        return is_remote(self.folder) and any(gather(not self.is_settled()))
+
     def close(self) -> None:
         """Wait, then release the folder for other runs."""
         try:
             self.wait()
         finally:
             self._background.shutdown()
+            if self.near:
+                self.near.close()
             self._orbax.close()
             self._files.close()
 
@@ -264,7 +323,8 @@ class Checkpoints:
                 # The order is the protocol: a kill before the record leaves something unfinished, a
                 # kill after it a whole checkpoint with a marker too many.
                 manifest.write_record(self.folder / str(step), record)
-                manifest.marker(self.folder, step).unlink()
+                if not is_remote(self.folder):
+                    manifest.marker(self.folder, step).unlink()
                 if proven:
                     self._files.mark_finite(step)
 
@@ -340,10 +400,10 @@ def find_run(
 ) -> Run:
     """Like ``load_run``, with parameters from ``read``, given the folder of the arrays and the
     config."""
-    run = epath.Path(workdir).absolute()
+    run = epath.Path(storage.absolute(workdir))
     folder = run / "checkpoints"
     damaged = []
-    for step in _steps(run, which):
+    for step in steps_of(run, which):
         path = folder / str(step)
         try:
             record, damage = manifest.read_record(path)
@@ -372,55 +432,13 @@ def find_run(
     )
 
 
-def _steps(run: epath.Path, which: str) -> list[int]:
-    """Return the steps of the checkpoints of ``run``, the one to take first."""
-    if which not in CHECKPOINTS:
-        raise ValueError(f"unknown value which={which!r}; choose {', '.join(CHECKPOINTS)}")
-    folder = run / "checkpoints"
-    steps = manifest.finished(folder)[::-1]
-    best = manifest.best(folder)
-    if not steps:
-        raise FileNotFoundError(_no_run(run))
-    if which == "ema":
-        steps = [step for step in steps if (folder / str(step) / "ema").exists()]
-        if not steps:
-            raise FileNotFoundError(
-                f"no checkpoint of {folder} has averages of the weights: they are kept with "
-                "train.ema_decay above 0; give --checkpoint=best, or last"
-            )
-    if which == "best" and best is not None:
-        # The others follow in case the best is damaged or deleted while it is read.
-        return [best, *(step for step in steps if step != best)]
-    return steps
-
-
 def config_of(workdir: str | os.PathLike, which: str = "best") -> Config | None:
     """Return the config of the model that `load_run` would load, without reading its parameters;
     None if its record is damaged."""
     reader = foreign.reader_of(workdir)
     if reader is not None:
         return reader.config(workdir)
-    run = epath.Path(workdir).absolute()
-    step = _steps(run, which)[0]
+    run = epath.Path(storage.absolute(workdir))
+    step = steps_of(run, which)[0]
     record = manifest.read_record(run / "checkpoints" / str(step))[0]
     return None if record is None else from_json(json.dumps(record["meta"]["config"]))
-
-
-def _no_run(workdir: epath.Path) -> str:
-    """Describe what ``workdir``, which holds no checkpoint, is instead, and what to give."""
-    path = os.fspath(workdir)
-    way_out = "give --workdir of a launch/pretrain.py run, a Hugging Face folder or a GGUF file"
-    if is_remote(workdir):
-        return f"{path} holds no checkpoint; {way_out}"
-    if not os.path.exists(path):
-        return f"{storage.missing(path)}; it holds no checkpoint: {way_out}"
-    # Someone may have given a folder inside a run, such as checkpoints/200.
-    for above in (workdir.parent, workdir.parent.parent):
-        if manifest.finished(above / "checkpoints"):
-            return f"{path} is part of a run and holds no checkpoint; give {os.fspath(above)}"
-    if os.path.isfile(os.path.join(path, "model.safetensors")):
-        return (
-            f"{path} is a Hugging Face model without its config.json, and holds no checkpoint; "
-            "copy the whole folder"
-        )
-    return f"{path} holds no checkpoint; {way_out}"

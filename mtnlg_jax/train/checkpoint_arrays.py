@@ -41,6 +41,7 @@ sys.unraisablehook = _without_late_writes(sys.unraisablehook)
 # Counters of TrainState are stored under the names with which the first runs were saved.
 SAVED_NAMES = {"nonfinite_streak": "bad", "nonfinite_total": "skipped"}
 AVERAGE = "extras.ema."  # beginning of the names of averages
+UPLOAD = 6 * 3600  # seconds that the arrays of a checkpoint may take; Orbax gives up after 600
 CHUNK_BYTES = 2**24  # at most, of the piece of a parameter that is stored together
 
 
@@ -119,7 +120,7 @@ def make_writer() -> Any:
 
     # Parts, so that a reader of the parameters never opens the optimizer state.
     handler = ocp.CompositeCheckpointHandler(params=_handler(), rest=_handler(), ema=_handler())
-    return ocp.AsyncCheckpointer(handler)
+    return ocp.AsyncCheckpointer(handler, async_options=ocp.AsyncOptions(timeout_secs=UPLOAD))
 
 
 def _handler() -> Any:

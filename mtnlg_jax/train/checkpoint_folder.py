@@ -6,7 +6,6 @@
 import contextlib
 import errno
 import fcntl
-import math
 import os
 import shutil
 import socket
@@ -18,6 +17,7 @@ import jax
 from etils import epath
 
 from mtnlg_jax import storage
+from mtnlg_jax.command import CHECKPOINTS
 from mtnlg_jax.errors import PassingError, is_passing
 from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train import checkpoint_arrays, extras, manifest, moments_dtype
@@ -35,10 +35,13 @@ class CheckpointFolder:
     def __init__(self, path: str | os.PathLike, keep_last: int, keep_best: bool) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last={keep_last} would keep no checkpoint; set it to 1 or more")
-        self.path = epath.Path(path).absolute()
+        self.path = epath.Path(storage.absolute(path))
         self.keep_last = keep_last
         self.keep_best = keep_best
         self._lock: TextIO | None = None
+        # Steps that are there or on their way, on an object store: to list it takes long.
+        self._known: set[int] = set()
+        self._unfinished: set[int] = set()
 
     def close(self) -> None:
         """Release the lock."""
@@ -51,12 +54,20 @@ class CheckpointFolder:
 
     def open(self) -> None:
         """Create and lock the folder, and remove leftovers."""
+        if is_remote(self.path) and not os.fspath(self.path).startswith("gs://"):
+            raise ValueError(
+                f"{self.path}: Orbax writes checkpoints to folders and to gs://; mount the store "
+                "as a folder, and give its path as --workdir"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if is_remote(self.path):
                 # Object stores have no locks. Writing shows at the start, not at the first save,
                 # whether the run may write there.
                 (self.path / "lock").write_text("")
+                self._known.update(self.steps())
+                found = {int(path.name) for path in self.path.iterdir() if path.name.isdigit()}
+                self._unfinished = found - self._known
                 return
             # Appending does not truncate: the file names its owner until the lock is ours.
             self._lock = open(self.path / "lock", "a+")
@@ -101,11 +112,19 @@ class CheckpointFolder:
     def begin(self, step: int, size: int) -> bool:
         """Return whether ``step`` is to be written, after checking the disk and marking it."""
         # A checkpoint that exists is never written again.
+        if is_remote(self.path):
+            # No request otherwise: this is called between two steps.
+            if step in self._unfinished:
+                self._unfinished.remove(step)
+                self._remove(step)
+            new = step not in self._known
+            self._known.add(step)
+            return new
         if step in self.steps():
             return False
         with self.failure_named(step):
             # Better refused now than found out by a write half way, which would leave a leftover.
-            free = math.inf if is_remote(self.path) else shutil.disk_usage(self.path).free
+            free = shutil.disk_usage(self.path).free
             if free < size:
                 raise PassingError(
                     f"the disk is full: {free / 1e6:,.1f} MB are free, {size / 1e6:,.1f} MB needed"
@@ -126,6 +145,7 @@ class CheckpointFolder:
         """Rename the newest checkpoint if it is ``unproven``; return the newest step left."""
         steps = self.steps()
         if steps and steps[-1] == unproven:
+            self._known.discard(steps[-1])
             (self.path / str(steps[-1])).rename(self._free_path(f"{steps.pop()}.diverged"))
         return steps[-1] if steps else None
 
@@ -147,6 +167,12 @@ class CheckpointFolder:
 
     def _remove(self, step: int) -> None:
         path = self.path / str(step)
+        self._known.discard(step)
+        if is_remote(self.path):
+            (path / manifest.RECORD).unlink(missing_ok=True)
+            if path.exists():
+                path.rmtree()
+            return
         marker = manifest.marker(self.path, step)
         # Before the record goes: after a kill in between, this is a leftover and not damage.
         marker.touch()
@@ -177,6 +203,9 @@ class CheckpointFolder:
             yield
         except Exception as error:
             whole = self.steps()
+            if is_remote(self.path) and step not in whole:
+                self._known.discard(step)
+                self._unfinished.add(step)
             # Every process comes here after a failure, and process 0 cleans up.
             if jax.process_index() == 0 and step not in whole:
                 self._discard(step)
@@ -202,7 +231,7 @@ class CheckpointFolder:
             if record is not None:
                 # Settings are compared before the files are hashed, so that a mistake in a flag
                 # shows in an instant.
-                _check_record(path, record, identity, arrays, refuse)
+                check_record(path, record, identity, arrays, refuse)
                 damage = manifest.damage(path, record)
                 if damage is None:
                     chosen = {
@@ -237,7 +266,7 @@ class CheckpointFolder:
         return self.path / free
 
 
-def _check_record(
+def check_record(
     path: epath.Path, record: dict, identity: dict, arrays: dict[str, str], refuse: Refuse
 ) -> None:
     """Check that a run with ``identity`` and ``arrays`` may resume from the checkpoint at ``path``.
@@ -291,3 +320,48 @@ def _reason(error: Exception) -> str:
     if os.strerror(errno.ENOSPC) in text:
         return "the disk is full"
     return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
+
+
+def no_run(workdir: epath.Path) -> str:
+    """Describe what ``workdir``, which holds no checkpoint, is instead, and what to give."""
+    path = os.fspath(workdir)
+    way_out = "give --workdir of a launch/pretrain.py run, a Hugging Face folder or a GGUF file"
+    if is_remote(workdir):
+        return f"{path} holds no checkpoint; {way_out}"
+    if not os.path.exists(path):
+        return f"{storage.missing(path)}; it holds no checkpoint: {way_out}"
+    # Someone may have given a folder inside a run, such as checkpoints/200.
+    for above in (workdir.parent, workdir.parent.parent):
+        if manifest.finished(above / "checkpoints"):
+            return f"{path} is part of a run and holds no checkpoint; give {os.fspath(above)}"
+    if os.path.isfile(os.path.join(path, "model.safetensors")):
+        return (
+            f"{path} is a Hugging Face model without its config.json, and holds no checkpoint; "
+            "copy the whole folder"
+        )
+    return f"{path} holds no checkpoint; {way_out}"
+
+
+def steps_of(run: epath.Path, which: str) -> list[int]:
+    """Return the steps of the checkpoints of ``run``, the one to take first.
+
+    ``which`` is one of CHECKPOINTS. Raise FileNotFoundError where there is none.
+    """
+    if which not in CHECKPOINTS:
+        raise ValueError(f"unknown value which={which!r}; choose {', '.join(CHECKPOINTS)}")
+    folder = run / "checkpoints"
+    steps = manifest.finished(folder)[::-1]
+    best = manifest.best(folder)
+    if not steps:
+        raise FileNotFoundError(no_run(run))
+    if which == "ema":
+        steps = [step for step in steps if (folder / str(step) / "ema").exists()]
+        if not steps:
+            raise FileNotFoundError(
+                f"no checkpoint of {folder} has averages of the weights: they are kept with "
+                "train.ema_decay above 0; give --checkpoint=best, or last"
+            )
+    if which == "best" and best is not None:
+        # The others follow in case the best is damaged or deleted while it is read.
+        return [best, *(step for step in steps if step != best)]
+    return steps

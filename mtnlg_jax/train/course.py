@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 import jax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mtnlg_jax.config import Config, to_json
@@ -19,12 +20,14 @@ from mtnlg_jax.train import averages, processes, spikes
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.evaluate import Evaluator
 from mtnlg_jax.train.inputs import Data
+from mtnlg_jax.train.near.opening import open_near
+from mtnlg_jax.train.near.tier import NearTier
 from mtnlg_jax.train.privacy import Ledger
 from mtnlg_jax.train.reporter import FIGURES, Reporter, short
 from mtnlg_jax.train.saving import Saver
 from mtnlg_jax.train.schedule import batch_size_at, is_due
 from mtnlg_jax.train.spikes import Spikes
-from mtnlg_jax.train.state import TrainState
+from mtnlg_jax.train.state import TrainState, abstract_state
 from mtnlg_jax.train.task_scores import TaskScores
 from mtnlg_jax.train.watchdog import Watchdog
 from mtnlg_jax.train.watching import Watching
@@ -105,6 +108,12 @@ class Course:
             programs = self.programs()
             processes.check_same_run(self.config, fingerprints, programs, self.state, self.done)
             self.watching.compare(self.done)
+        near = self.checkpoints.near
+        if near and not stopping and self.done < self.config.train.steps and near.is_due(self.done):
+            # By this step as well: a state after one that was not finite is not copied.
+            if self._goes_back():
+                return
+            self._copy_near(near)
         self._evaluate_and_save(stopping)
         if stopping and self.done < self.config.train.steps:
             self._finish_saving()
@@ -152,8 +161,10 @@ class Course:
         if saving and self.reporter.is_healthy(self.done, result, stopping):
             meta = self._meta(result)
             self.save = functools.partial(self._save, self.done, self.state, meta, metric)
+            # The last state is saved, whatever is still on its way.
+            must = stopping or self.done == train.steps
             with self.watchdog.clock.during("saving"):
-                saved = self.saver.save(self.save)
+                saved = self.saver.save(self.save, must)
             self.best = min(self.best, metric) if saved else self.best
             self.watchdog.clock.saved(self.done)
         if scoring:  # after the save, so that an error here does not cost the state
@@ -193,6 +204,13 @@ class Course:
         self.begin(first, state)
         return True
 
+    def _copy_near(self, near: NearTier) -> None:
+        if not self.reporter.nonfinite_streak:
+            self._write_ledger(self.done)
+            with self.watchdog.clock.during("saving"):
+                near.save(self.done, self.state, self._meta({}))
+            self.watchdog.clock.saved(self.done)
+
     def _evaluate(self) -> dict[str, float]:
         with self.watchdog.clock.during("evaluation"):
             result = self.evaluate(self.state.params)
@@ -221,17 +239,21 @@ class Course:
         }
 
     def _save(self, done: int, state: TrainState, meta: dict, metric: float) -> None:
-        if self.ledger and processes.is_first():
-            # Before the checkpoint: none is ever without what it spent.
-            self.ledger.write(self.workdir, done)
+        self._write_ledger(done)
         # Without an evaluation, only the next step shows whether these parameters have a finite
         # loss.
         self.checkpoints.save(done, state, meta, metric, proven=math.isfinite(metric))
+
+    def _write_ledger(self, done: int) -> None:
+        # Before the checkpoint: none is ever without what it spent.
+        if self.ledger and processes.is_first():
+            self.ledger.write(self.workdir, done)
 
     def _finish_saving(self) -> None:
         with self.watchdog.clock.during("saving"):
             self.saver.finish(self.save)
             processes.barrier("saved")  # process 0 may still be writing the record
+            self.checkpoints.drop_near()
 
     def _preempted(self) -> Preempted:
         if self.save is not None:
@@ -245,10 +267,15 @@ class Course:
         )
 
 
-def open_checkpoints(config: Config, workdir: str) -> Checkpoints:
-    """Open the checkpoints of the run, which locks their folder."""
+def open_checkpoints(config: Config, workdir: str, mesh: Mesh) -> Checkpoints:
+    """Open the checkpoints of the run, which locks their folder, and its near tier.
+
+    Raise ValueError where the near folder is in ``workdir``, or has no room for one copy.
+    """
     folder = os.path.join(workdir, "checkpoints")
-    return Checkpoints(folder, config.train.keep_last, config.train.keep_best)
+    near = functools.partial(open_near, config.train, folder, abstract_state(config, mesh), mesh)
+    used = near if config.train.near_every else None
+    return Checkpoints(folder, config.train.keep_last, config.train.keep_best, used)
 
 
 def _metric(result: dict) -> float:

@@ -90,7 +90,7 @@ def train(
         executables = executables or Executables()
         executables.check(config, mesh)
         score = tasks.start(config, mesh, data.tokenizer) if tasks else None
-        checkpoints = resources.enter_context(closing(open_checkpoints(config, workdir)))
+        checkpoints = resources.enter_context(closing(open_checkpoints(config, workdir, mesh)))
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())
         watch = watching.Watching(config, mesh, data.tokenizer, workdir, samples, watchdog, stop)
         teachers = init_from.load_teachers(config, mesh)
@@ -101,7 +101,8 @@ def train(
         read = int(state.samples)
         total_samples = samples_at_end(config.train, min(first, config.train.steps), read)
         restored = meta is not None
-        _describe_start(config, mesh, data, workdir, first, read, restored, ledger, announce)
+        lines = [*(ledger.lines(first) if ledger else []), *checkpoints.lines()]
+        _describe_start(config, mesh, data, workdir, first, read, restored, lines, announce)
         executables.announce = announce if processes.is_first() else executables.announce
         writing = processes.is_first()
         trackers = resources.enter_context(Trackers(config, workdir, first, writing))
@@ -251,7 +252,7 @@ def _describe_start(
     first: int,
     samples: int,
     restored: bool,
-    ledger: Ledger | None,
+    lines: Sequence[str],
     announce: Callable[[str], None],
 ) -> None:
     """Write the files of a start, and describe it to ``announce``, in the first process."""
@@ -259,7 +260,6 @@ def _describe_start(
         describe.write(config, workdir, first)
         _keep_files(config, data.tokenizer, workdir, fresh=not restored)
         tokens = data.training_tokens
-        lines = ledger.lines(first) if ledger else []
         announce(describe.at_start(config, mesh, workdir, first, samples, tokens, restored, lines))
 
 

@@ -29,6 +29,9 @@ def candidates(folder: epath.Path) -> list[int]:
         return []
     # Names such as 200.damaged are not numbers and drop out.
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    # There are no markers on an object store, where each would hold up the step that is saved.
+    if is_remote(folder):
+        return [step for step in steps if _has_record(folder, step)]
     return [
         step for step in steps if _has_record(folder, step) or not marker(folder, step).exists()
     ]

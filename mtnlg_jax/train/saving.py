@@ -24,6 +24,7 @@ class Saver:
         self.checkpoints = checkpoints
         self._failures = 0  # since the last successful save
         self._retry_at: float | None = None  # on the monotonic clock
+        self._left_out = False  # whether the last save was
 
     def is_due(self) -> bool:
         """Return whether a failed save should be retried now.
@@ -38,12 +39,24 @@ class Saver:
             self._settle()
         return self._retry_at is not None and time.monotonic() >= self._retry_at
 
-    def save(self, save: Callable[[], None]) -> bool:
+    def save(self, save: Callable[[], None], must: bool = True) -> bool:
         """Call ``save``, which calls ``checkpoints.save`` with the newest state.
 
+        Unless it ``must``, leave it out while an upload goes on: steps do not wait for a store, and
+        no second state waits in memory.
         After a failure do nothing until its pause is over, so that saves in quick succession do not
         use up all retries. Return whether it was called and has not failed so far.
         """
+        if not must and self.checkpoints.is_uploading():
+            if not self._left_out:
+                logging.warning(
+                    "a checkpoint is left out, since the last one is still on its way to %s; "
+                    "raise train.save_every",
+                    self.checkpoints.folder,
+                )
+            self._left_out = True
+            return False
+        self._left_out = False
         self._settle()
         if self._retry_at is not None and time.monotonic() < self._retry_at:
             return False

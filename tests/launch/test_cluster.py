@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from mtnlg_jax import errors
+from mtnlg_jax.cli.processes.nodes import Nodes
 from mtnlg_jax.config import load_config
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.train import loop
@@ -189,6 +191,37 @@ def test_a_killed_run_resumes_with_other_processes_bit_for_bit(
 
 
 @pytest.mark.slow
+def test_a_lost_host_costs_steps_and_its_chips(two, folder, environment):
+    """Its near folder is gone as well: its peer has the shards, for the mesh of the nodes left."""
+    mesh = ["mesh.pipe=1", "train.save_every=0", "train.near_every=2"]
+    near = folder / "hosts"
+    started = subprocess.Popen(
+        [
+            *local(folder, "lost", 2, 4, *mesh, f"train.near_folder={near}"),
+            "--replan",
+            f"--health=test ! -e {folder}/lost-$MTNLG_NODE",
+            "--grace=30",
+        ],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    kill_one(folder / "lost", 1, 5, started)
+    (folder / "lost-1").touch()
+    for host in near.glob("*#1"):
+        shutil.rmtree(host)
+    output, _ = started.communicate(timeout=PATIENCE)
+    assert started.returncode == 0 and "the run goes on with 1 nodes, 4 devices" in output, output
+    starts = [json.loads(line) for line in (folder / "lost/starts.jsonl").read_text().splitlines()]
+    assert starts[1]["step"] >= 4 and starts[1]["processes"] == 1
+    assert any(key.startswith("mesh.") for key in starts[1]["changed"])
+    ours = [r["loss"] for r in numbers(folder / "lost") if r["kind"] == "train"]
+    theirs = [r["loss"] for r in numbers(two) if r["kind"] == "train"]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_the_same_step(two, folder, environment):
     started = subprocess.Popen(
         [*local(folder, "stopped", 2, 4, "train.steps=400"), "--restarts=0"],
@@ -257,6 +290,9 @@ def test_the_commands_of_a_dry_run():
     assert dry_run(*pod, more) == (
         f"MTNLG_RESTARTS=3 bash {CLUSTER}/tpu_pod.sh pod us-east5-a --config=configs/tiny.py "
         "--workdir=/runs/a --set=train.steps=5 --executable_folder=/kept\n"
+    )
+    assert "MTNLG_REPLAN=4 MTNLG_KIND=H100 sbatch --job-name=mtnlg-jax --nodes=2-4 " in dry_run(
+        "--cluster=slurm", "--nodes=4", "--replan", "--least_nodes=2", "--kind=H100"
     )
     here = ["--cluster=local", "--nodes=2", "--local_devices=4", "--flags=off"]
     lines = dry_run(*here, more).splitlines()
@@ -521,6 +557,48 @@ def test_a_failure_that_may_pass_is_restarted(stand_in, tmp_path, orders, code, 
     assert "--workdir=myrun --set=data.path=../data --noprogress" in lines[0]
 
 
+def test_a_run_goes_on_with_fewer_nodes_and_then_with_all(stand_in, tmp_path):
+    """The health command fails the fourth time: for node 1, before the second start, so that its
+    second start is the third of process 0."""
+    health = "echo >>../asked; test $(wc -l <../asked) -ne 4"
+    process = stand_in("137 6\n74 0\n0 0\n", "--replan", "--local_devices=4", f"--health={health}")
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, output
+    all_nodes, fewer, again = (tmp_path / "starts-0").read_text().splitlines()
+    assert all_nodes.split()[1:-3] == again.split()[1:-3] and "--processes=2" in again
+    assert "--processes=1" in fewer and "--set=mesh.data=" in fewer
+    assert "node 1 of 2 cannot be used" in output
+    assert "the run goes on with 1 nodes, 4 devices: pipe" in output
+
+
+@pytest.mark.slow  # tests/planning/test_replan.py has the message
+def test_a_replan_without_a_mesh_is_reported_in_one_line(stand_in):
+    process = stand_in("137 6\n", "--replan", "--local_devices=3", "--health=test $MTNLG_NODE = 0")
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 2, output
+    assert output.splitlines()[-1].startswith("error: no mesh of 3 devices in nodes of 3 takes")
+
+
+def test_a_node_whose_process_ends_again_and_again_is_lost(tmp_path):
+    nodes = Nodes(2, None, 2, str(tmp_path))
+
+    def start(first: int, last: int) -> None:
+        with open(tmp_path / "starts.jsonl", "a") as file:
+            print(json.dumps({"step": first}), file=file)
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": last}) + "\n")
+
+    start(0, 7)
+    nodes.ended([1])  # after steps of its own
+    nodes.ended([1])
+    start(5, 6)
+    nodes.ended([1])  # it did a step in between
+    nodes.ended([1])
+    assert nodes.usable() == [0, 1]
+    start(6, 6)
+    nodes.ended([1])
+    assert nodes.usable() == [0]
+
+
 @pytest.mark.usefixtures("heeded_signals")
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGHUP", "SIGTERM", "SIGUSR1"])
 def test_processes_end_with_their_launcher(stand_in, tmp_path, name):
@@ -634,6 +712,23 @@ def test_slurm_requeues_failures_that_may_pass(tools, tmp_path, codes, calls):
         .splitlines()[0]
         .endswith("launch/pretrain.py --distributed=on --noprogress --workdir=a b")
     )
+
+
+@pytest.mark.parametrize("nodes", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_slurm_job_of_fewer_nodes_has_a_mesh_for_them(tools, tmp_path, nodes):
+    environment = tools("srun", 'echo "$@" >"$CALLS.srun"\n') | {
+        "MTNLG_REPLAN": "2",
+        "SLURM_NNODES": str(nodes),
+        "SLURM_NTASKS": str(4 * nodes),
+    }
+    flags = [f"--config={TINY}", "--set=data.path=a b", "--workdir=a b"]
+    done = subprocess.run(
+        ["bash", CLUSTER / "slurm.sbatch", *flags], env=environment, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    called = (tmp_path / "calls.srun").read_text()
+    assert ("--nodes=1 --ntasks=4" in called) == (nodes == 1) == ("--set=mesh.data=" in called)
+    assert "--set=data.path=a b --workdir=a b" in called
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def _checkpoints(
     workdir: str, content: dict[str, Any], notes: list[Note]
 ) -> tuple[int | None, int | None]:
     """Add the records of the whole checkpoints; return (best step, newest step)."""
-    folder = epath.Path(workdir).absolute() / "checkpoints"
+    folder = epath.Path(storage.absolute(workdir)) / "checkpoints"
     steps = []
     for step in manifest.finished(folder):
         record, damage = manifest.read_record(folder / str(step))

@@ -7,6 +7,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
+from mtnlg_jax import storage
 from mtnlg_jax.config import Config
 from mtnlg_jax.train import checkpoint_arrays, extras, init_from, manifest, spikes
 from mtnlg_jax.train.inputs import Data
@@ -24,7 +25,7 @@ class Found(NamedTuple):
 
 def kept_steps(workdir: str) -> list[int]:
     """Return the steps of the checkpoints of a run, ascending."""
-    return manifest.finished(epath.Path(workdir).absolute() / "checkpoints")
+    return manifest.finished(epath.Path(storage.absolute(workdir)) / "checkpoints")
 
 
 def left_out(workdir: str, before: int) -> set[tuple[int, int]]:
@@ -77,7 +78,7 @@ def load(
     Nothing is written, so that the run may go on. Raises ValueError where model, tokenizer or data
     are not those of the checkpoint, OSError where it is damaged, and the errors of train.init.
     """
-    folder = epath.Path(workdir).absolute() / "checkpoints"
+    folder = epath.Path(storage.absolute(workdir)) / "checkpoints"
     if step is None:
         _refuse_other_data(folder, config, data, teachers)
         init_from.refuse_other_runs(config, data.tokenizer)

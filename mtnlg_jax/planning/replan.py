@@ -1,0 +1,98 @@
+"""Choose the mesh of a run whose machines have become fewer: the fastest by the planner's estimate
+that takes the same batch, on whole nodes."""
+
+import dataclasses
+import json
+import math
+
+from mtnlg_jax import storage
+from mtnlg_jax.config import Config
+from mtnlg_jax.hardware import CHIPS, Chip
+from mtnlg_jax.parallel.mesh import AXES, described
+from mtnlg_jax.planning.cost import Job
+from mtnlg_jax.planning.layout import Layout
+from mtnlg_jax.planning.search import flags_of, search, smallest_devices
+
+# Ranks meshes of devices whose kind is not known, such as those of a CPU; their memory is then not
+# a limit, since what they had was enough.
+NOMINAL = "H100"
+# Of a run that has not begun, as launch/plan.py takes: GPT-2's, padded for any mesh.tensor.
+VOCABULARY = 51200
+TRIES = 16  # numbers of devices that are searched for one that would do
+SHOWN = 4  # of those that would do
+
+
+def vocabulary_of(workdir: str | None) -> int | None:
+    """Return the size of the vocabulary that the run in ``workdir`` has recorded, if any."""
+    text = storage.read_file(workdir, "config.json") if workdir else None
+    return json.loads(text)["model"]["vocab_size"] if text else None
+
+
+def replan(config: Config, devices: int, node: int, kind: str | None) -> tuple[int, Layout]:
+    """Return (nodes, layout): the most nodes of ``node`` devices each, of ``devices`` in all, that
+    a mesh can fill, and the fastest one on them.
+
+    ``kind`` is one of `hardware.CHIPS`, whose memory the run must fit; None: not known. Raise
+    ValueError where no number of nodes has a mesh, with the numbers of devices that would do.
+    """
+    job = Job(config, chip_of(kind))
+    for nodes in range(devices // node, 0, -1):
+        if layout := _best(job, nodes * node):
+            return nodes, layout
+    what = f"{kind} chips" if kind else "devices"
+    enough = _that_would_do(job, devices, node)
+    where = (
+        f"in nodes of {node:,}" if any(each % node == 0 for each in enough) else "in other nodes"
+    )
+    numbers = ", ".join(f"{each:,}" for each in enough)
+    raise ValueError(
+        f"no mesh of {devices:,} {what} in nodes of {node:,} takes train.global_batch_size="
+        f"{config.train.global_batch_size:,} of {config.name}; "
+        + (f"{numbers} of them would do, {where}" if enough else "more of them would not do either")
+    )
+
+
+def chip_of(kind: str | None) -> Chip:
+    """Return the chip ``kind``, or one without a limit of memory."""
+    if kind is None:
+        return dataclasses.replace(CHIPS[NOMINAL], memory=math.inf)
+    if kind not in CHIPS:
+        raise ValueError(f"unknown kind of chip {kind!r}; choose one of {', '.join(CHIPS)}")
+    return CHIPS[kind]
+
+
+def _best(job: Job, devices: int) -> Layout | None:
+    model = job.config.model
+    # Sizes of axes divide these, so the number of devices divides their product.
+    parts = model.num_layers * model.num_attention_heads * job.sequence * job.batch
+    if parts * max(1, model.moe.num_moe_experts or 1) % devices:
+        return None
+    # A run takes all devices of its processes, so a mesh that leaves some idle is none.
+    found = (each.layout for each in search(job, devices))
+    return next((layout for layout in found if layout.devices == devices), None)
+
+
+def _that_would_do(job: Job, devices: int, node: int) -> list[int]:
+    """Return some numbers of devices for which there is a mesh: of more nodes; where those would
+    not do, of fewer devices in nodes of another size."""
+    least = devices + 1
+    if math.isfinite(job.room):
+        # Memory decides: the first number that has enough of it may be far away.
+        least = smallest_devices(job) or 0
+        if not least:
+            return []
+    first = -(-max(least, devices + 1) // node)
+    more = (number * node for number in range(first, first + TRIES))
+    found = [number for number in more if _best(job, number)]
+    fewer = range(devices - 1, max(0, devices - 1 - TRIES), -1)
+    return found[:SHOWN] or [number for number in fewer if _best(job, number)][:SHOWN]
+
+
+def line_of(config: Config, nodes: int, layout: Layout) -> tuple[str, str]:
+    """Return ("NODES --set=...", what to tell a person) of the result of `replan`."""
+    mesh = described(dict(zip(AXES, layout.sizes, strict=True)))
+    told = (
+        f"{nodes} nodes, {layout.devices:,} devices: {mesh}, zero {layout.zero}, micro-batches of "
+        f"{layout.micro_batch_size}"
+    )
+    return " ".join([str(nodes), *flags_of(config, layout)]), told

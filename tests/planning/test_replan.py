@@ -1,0 +1,62 @@
+"""Plan the mesh of what is left of a run."""
+
+import dataclasses
+
+import pytest
+
+from mtnlg_jax.config import Config, ModelConfig, TrainConfig, override, validate, validate_batch
+from mtnlg_jax.planning import replan
+from mtnlg_jax.planning.search import with_layout
+
+CONFIG = Config(
+    name="small",
+    model=ModelConfig(
+        num_layers=6,
+        hidden_size=384,
+        num_attention_heads=4,
+        vocab_size=1024,
+        max_position_embeddings=256,
+    ),
+    train=TrainConfig(global_batch_size=12),
+)
+
+
+@pytest.mark.parametrize(
+    ("devices", "node", "nodes"),
+    [
+        (12, 4, 3),
+        (8, 4, 2),
+        (4, 4, 1),
+        (28, 4, 6),  # 7 divides neither layers nor batch nor heads: one node stays idle
+        (10, 2, 4),
+    ],
+)
+def test_the_mesh_fills_whole_nodes_and_takes_the_batch(devices, node, nodes):
+    found, layout = replan.replan(CONFIG, devices, node, None)
+    assert found == nodes and layout.devices == nodes * node
+    config = with_layout(CONFIG, layout)
+    validate(config)
+    validate_batch(config, layout.rows)
+    assert config.train.global_batch_size == CONFIG.train.global_batch_size
+    line, told = replan.line_of(CONFIG, found, layout)
+    number, *flags = line.split()
+    assert int(number) == nodes and f"{nodes} nodes, {layout.devices} devices: pipe" in told
+    # The flags give the config of the layout.
+    assert override(CONFIG, *(flag.removeprefix("--set=") for flag in flags)) == config
+
+
+def test_where_no_mesh_fits_numbers_that_would_do_are_named():
+    with pytest.raises(
+        ValueError, match=r"no mesh of 7 devices .* 6, 4, 3, 2 of them would do, in"
+    ):
+        replan.replan(CONFIG, 7, 7, None)
+
+
+def test_memory_is_a_limit_where_the_kind_of_chip_is_known():
+    model = dataclasses.replace(CONFIG.model, num_layers=47, hidden_size=8192)
+    large = dataclasses.replace(CONFIG, model=dataclasses.replace(model, num_attention_heads=64))
+    assert replan.replan(large, 8, 4, None)[0] == 2
+    with pytest.raises(ValueError, match=r"no mesh of 8 H100 chips in nodes of 4 .* would do"):
+        replan.replan(large, 8, 4, "H100")
+    with pytest.raises(ValueError, match="unknown kind of chip 'H1'; choose one of"):
+        replan.replan(large, 8, 4, "H1")

@@ -1,0 +1,308 @@
+"""The near tier in one process: copies restored on any mesh, damage, room, what counts as good."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from near_states import state_of
+
+from mtnlg_jax.config import Config, MeshConfig, ModelConfig, TrainConfig, to_json, validate
+from mtnlg_jax.parallel.mesh import make_mesh
+from mtnlg_jax.train.checkpoint import Checkpoints
+from mtnlg_jax.train.near import agree, opening
+from mtnlg_jax.train.state import abstract_state
+
+MODEL = ModelConfig(
+    num_layers=2, hidden_size=16, num_attention_heads=4, vocab_size=384, max_position_embeddings=8
+)
+IDENTITY = {"tokenizer": "t1"}
+TRAIN = TrainConfig(near_every=2)
+
+
+def config_on(data: int, tensor: int, zero: int = 1) -> Config:
+    return Config(model=MODEL, mesh=MeshConfig(data=data, tensor=tensor, zero=zero))
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Return opened(data, tensor) -> (checkpoints with a near tier, abstract state); all are closed
+    at the end."""
+    made = []
+
+    def open_on(data: int, tensor: int, zero: int = 1):
+        while made:
+            made.pop().close()
+        config = config_on(data, tensor, zero)
+        mesh = make_mesh(config.mesh, jax.devices()[: data * tensor])
+        abstract = abstract_state(config, mesh)
+        train = dataclasses.replace(TRAIN, near_folder=str(tmp_path / "host"))
+        folder = str(tmp_path / "run/checkpoints")
+        made.append(
+            Checkpoints(folder, near=lambda: opening.open_near(train, folder, abstract, mesh))
+        )
+        return made[0], abstract
+
+    yield open_on
+    for checkpoints in made:
+        checkpoints.close()
+
+
+def bits(tree) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def meta_of(step: int, identity=None) -> dict:
+    config = json.loads(to_json(config_on(1, 1)))
+    return {"config": config, "identity": identity or IDENTITY, "samples": 32 * step}
+
+
+def save(checkpoints, abstract, *steps: int, proven: bool = True) -> None:
+    for step in steps:
+        checkpoints.near.wait()
+        checkpoints.near.save(step, state_of(step, abstract), meta_of(step))
+        if proven:
+            checkpoints.prove()
+    checkpoints.near.wait()
+
+
+def files(tmp_path, ending: str) -> list[Path]:
+    """Return the files of near copies, the oldest first."""
+    found = (tmp_path / "host").rglob(f"*{ending}")
+    return sorted(found, key=lambda path: int(path.parent.name.partition("-")[0]))
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(2, 4), (1, 1)])
+def test_any_mesh_restores_any_copy(opened, data, tensor):
+    checkpoints, abstract = opened(4, 2)
+    save(checkpoints, abstract, 6)
+    checkpoints, abstract = opened(data, tensor, zero=0)
+    step, state, meta = checkpoints.restore(abstract, IDENTITY)
+    assert step == 6 and meta == meta_of(6)
+    assert bits(state) == bits(state_of(6, abstract))
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, abstract)
+    assert "goes on from the copy of step 6" in checkpoints.lines()[0]
+
+
+def test_copies_outlive_the_arrays(opened):
+    """The next step reuses the memory of a state that was just copied."""
+    checkpoints, abstract = opened(2, 1)
+    state = state_of(2, abstract)
+    advance = jax.jit(lambda s: jax.tree.map(lambda a: a * 2 + 1, s), donate_argnums=0)
+    checkpoints.near.save(2, state, meta_of(2))
+    for _ in range(3):
+        state = advance(state)
+    jax.block_until_ready(state)
+    checkpoints, abstract = opened(2, 1)
+    assert bits(checkpoints.restore(abstract, IDENTITY)[1]) == bits(state_of(2, abstract))
+
+
+def test_two_copies_are_kept(opened, tmp_path):
+    checkpoints, abstract = opened(2, 1)
+    save(checkpoints, abstract, 2, 4, 6)
+    assert [path.parent.name[:2] for path in files(tmp_path, ".json")] == ["4-", "6-"]
+
+
+@pytest.mark.parametrize("how", ["truncated", "changed", "removed", "manifest"])
+def test_a_damaged_copy_is_found_and_the_one_before_is_taken(opened, tmp_path, how):
+    checkpoints, abstract = opened(2, 2)
+    save(checkpoints, abstract, 2, 4)
+    path = files(tmp_path, ".json" if how == "manifest" else ".data")[-1]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if how == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-7] if how == "truncated" else content)
+    checkpoints, abstract = opened(2, 2)
+    step, state, _ = checkpoints.restore(abstract, IDENTITY)
+    assert step == 2 and bits(state) == bits(state_of(2, abstract))
+    assert how in ("removed", "manifest") or "step 4" in checkpoints.near.warnings[0]
+    # What comes after it will be computed again.
+    assert [path.parent.name[:2] for path in files(tmp_path, ".json")] == ["2-"]
+
+
+def test_the_newer_tier_is_restored(opened, tmp_path):
+    checkpoints, abstract = opened(2, 1)
+    checkpoints.save(4, state_of(4, abstract), meta_of(4), wait=True)
+    save(checkpoints, abstract, 2, 6)
+    assert checkpoints.restore(abstract, IDENTITY)[0] == 6
+    checkpoints.save(8, state_of(8, abstract), meta_of(8), wait=True)
+    assert checkpoints.restore(abstract, IDENTITY)[0] == 8
+    assert not files(tmp_path, ".json")
+    save(checkpoints, abstract, 6)
+    shutil.rmtree(tmp_path / "run/checkpoints/8/params")  # damaged: what is left is older
+    assert checkpoints.restore(abstract, IDENTITY)[0] == 6
+
+
+def test_a_copy_without_a_finite_loss_is_given_up(opened, tmp_path):
+    checkpoints, abstract = opened(2, 1)
+    save(checkpoints, abstract, 2)
+    save(checkpoints, abstract, 4, proven=False)
+    assert checkpoints.give_up() == 2
+    checkpoints, abstract = opened(2, 1)
+    assert checkpoints.restore(abstract, IDENTITY)[0] == 2
+    # Also one that was restored before any loss of it was known.
+    save(checkpoints, abstract, 4, proven=False)
+    checkpoints, abstract = opened(2, 1)
+    assert checkpoints.restore(abstract, IDENTITY)[0] == 4
+    assert checkpoints.give_up() is None and not files(tmp_path, ".json")
+
+
+def test_a_copy_passes_the_checks_of_a_checkpoint(opened):
+    checkpoints, abstract = opened(2, 1)
+    save(checkpoints, abstract, 2)
+    with pytest.raises(ValueError, match="tokenizer: t1 -> t2"):
+        checkpoints.restore(abstract, {"tokenizer": "t2"})
+
+    def refuse(meta, step, alone):
+        raise ValueError(f"not from {step} with {meta['samples']}")
+
+    with pytest.raises(ValueError, match="not from 2 with 64"):
+        checkpoints.restore(abstract, IDENTITY, refuse)
+    assert checkpoints.restore(abstract, IDENTITY)[0] == 2
+
+
+def test_another_run_in_the_same_folder_has_copies_of_its_own(opened, tmp_path):
+    checkpoints, abstract = opened(2, 1)
+    save(checkpoints, abstract, 2)
+    checkpoints.close()
+    shutil.rmtree(tmp_path / "run")
+    checkpoints, abstract = opened(2, 1)
+    assert checkpoints.restore(abstract, IDENTITY) is None
+    assert files(tmp_path, ".json")
+
+
+def test_a_copied_run_folder_is_another_run(opened, tmp_path):
+    checkpoints, abstract = opened(2, 1)
+    save(checkpoints, abstract, 2)
+    checkpoints.close()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "run")
+    assert opened(2, 1)[0].restore(abstract, IDENTITY)[0] == 2
+    train = dataclasses.replace(TRAIN, near_folder=str(tmp_path / "host"))
+    folder = str(tmp_path / "moved/checkpoints")
+    config = config_on(2, 1)
+    mesh = make_mesh(config.mesh, jax.devices()[:2])
+    with contextlib.closing(
+        Checkpoints(folder, near=lambda: opening.open_near(train, folder, abstract, mesh))
+    ) as moved:
+        assert moved.restore(abstract, IDENTITY) is None
+
+
+def test_a_copy_every_step_is_never_left_out(opened, caplog):
+    """The mark of the one before is not a reason."""
+    checkpoints, abstract = opened(2, 1)
+    for step in (1, 2, 3):
+        checkpoints.prove()
+        checkpoints.near.save(step, state_of(step, abstract), meta_of(step))
+        checkpoints.near._writing.result()
+    assert not caplog.text
+    checkpoints.near.wait()
+    assert checkpoints.restore(abstract, IDENTITY)[0] == 3
+
+
+def test_copies_go_once_the_run_is_saved(opened, tmp_path):
+    checkpoints, abstract = opened(2, 1)
+    save(checkpoints, abstract, 2)
+    checkpoints.drop_near()
+    assert files(tmp_path, ".json")  # newer than any checkpoint
+    checkpoints.save(2, state_of(2, abstract), meta_of(2), wait=True)
+    checkpoints.drop_near()
+    assert not files(tmp_path, ".json") and not files(tmp_path, ".data")
+
+
+def test_a_busy_tier_leaves_a_copy_out(opened, caplog, monkeypatch):
+    checkpoints, abstract = opened(2, 1)
+    near = checkpoints.near
+    near.wait()
+    monkeypatch.setattr(near, "_writing", types.SimpleNamespace(done=lambda: False))
+    near.save(2, state_of(2, abstract), meta_of(2))
+    assert "the near copy of step 2 is left out" in caplog.text
+    monkeypatch.undo()
+    assert checkpoints.restore(abstract, IDENTITY) is None
+
+
+def test_a_full_disk_costs_copies_and_not_the_run(opened, tmp_path, caplog, monkeypatch):
+    checkpoints, abstract = opened(2, 1)
+    save(checkpoints, abstract, 2)
+    near = checkpoints.near
+
+    def fail(*_):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(near.files, "_write_parts", fail)
+    save(checkpoints, abstract, 4, 6)
+    assert caplog.text.count("could not be written to") == 1
+    monkeypatch.undo()
+    assert [path.parent.name[:2] for path in files(tmp_path, ".json")] == ["2-"]
+    save(checkpoints, abstract, 8)
+    checkpoints, abstract = opened(2, 1)
+    assert checkpoints.restore(abstract, IDENTITY)[0] == 8
+
+
+def test_a_disk_without_room_is_refused_with_the_bytes(opened, tmp_path, monkeypatch, caplog):
+    checkpoints, abstract = opened(2, 1)
+    need = checkpoints.near._own_bytes
+    free = [need - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free[0]))
+    message = f"has {need - 1:,} bytes free, and one copy of this run takes {need:,} there"
+    with pytest.raises(ValueError, match=message):
+        opened(2, 1)
+    free[0] = need
+    opened(2, 1)
+    assert "has room for one copy" in caplog.text
+
+
+def test_folders_that_are_no_near_folder_are_refused(opened, tmp_path):
+    for folder, message in (("", "needs train.near_folder"), ("gs://b/near", "is an object store")):
+        train = dataclasses.replace(TRAIN, near_folder=folder)
+        with pytest.raises(ValueError, match=message):
+            validate(Config(model=MODEL, train=train))
+    inside = dataclasses.replace(TRAIN, near_folder=str(tmp_path / "run/near"))
+    with pytest.raises(ValueError, match="is inside the run folder, which is the far tier"):
+        opening.open_near(inside, str(tmp_path / "run/checkpoints"), None, None)
+    (tmp_path / "host").write_text("")
+    with pytest.raises(ValueError, match="cannot be written to"):
+        opened(2, 1)
+
+
+class Grid:
+    """A mesh over devices of which only the processes are known."""
+
+    axis_names = ("pipe", "data", "expert", "context", "tensor")
+
+    def __init__(self, *sizes: int, of_a_process: int) -> None:
+        count = int(np.prod(sizes))
+        devices = [types.SimpleNamespace(process_index=i // of_a_process) for i in range(count)]
+        self.devices = np.array(devices).reshape(sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "hosts", "expected"),
+    [
+        ((1, 8, 1, 1, 1), 4, "ab", {0: 1, 1: 0}),
+        ((1, 2, 1, 1, 4), 4, "ab", {0: 1, 1: 0}),
+        ((2, 4, 1, 1, 1), 4, "ab", {}),  # each stage, and so each replica, is within a process
+        ((1, 8, 1, 1, 1), 8, "a", {}),
+        ((1, 4, 1, 1, 2), 2, "aabb", {0: 2, 1: 3, 2: 0, 3: 1}),  # a card is a process
+        ((1, 4, 1, 1, 2), 2, "aaaa", {0: 1, 1: 2, 2: 3, 3: 0}),
+        ((2, 2, 1, 1, 2), 2, "abcd", {0: 1, 1: 0, 2: 3, 3: 2}),
+        ((1, 2, 1, 1, 4), 2, "aabb", {0: 2, 1: 3, 2: 0, 3: 1}),  # a replica spans processes
+    ],
+)
+def test_peers_are_in_the_next_replica_on_another_host(sizes, devices, hosts, expected):
+    assert agree.peers_of(Grid(*sizes, of_a_process=devices), list(hosts)) == expected
+
+
+def test_what_another_host_holds_is_not_sent():
+    assert agree.holds_alone(0, {0}, ["a", "b"]) and agree.holds_alone(0, {0, 1}, ["a", "a", "b"])
+    assert not agree.holds_alone(0, {0, 1}, ["a", "b"])
+    assert not agree.holds_alone(1, {0, 1}, ["a", "a", "b"])  # the first of a host sends
+    assert not agree.holds_alone(0, {0, 1}, ["a", "a"])  # no other host: another process will do
