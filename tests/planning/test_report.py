@@ -1,13 +1,14 @@
 """Check the report of a measurement, and the suggestions for one that does not fit."""
 
 import dataclasses
+import types
 from pathlib import Path
 
 import pytest
 
 from mtnlg_jax.config import load_config
 from mtnlg_jax.hardware import CHIPS, size_of
-from mtnlg_jax.planning import suggest
+from mtnlg_jax.planning import aot, suggest
 from mtnlg_jax.planning.aot import Measurement
 from mtnlg_jax.planning.decode_bound import bound_of
 from mtnlg_jax.planning.hlo import Tensor
@@ -200,6 +201,33 @@ def test_a_pipeline_names_its_schedule():
 )
 def test_sizes_use_the_largest_fitting_unit(size, text):
     assert size_of(size) == text
+
+
+def test_the_memory_of_the_host_is_told_where_a_step_takes_some():
+    text = render(config(*POD), measurement(host=7 * GIB))
+    assert "\nhost         7.00 GiB of the host's memory for each device\n" in text
+    assert "\nhost " not in render(config(*POD), measurement())
+
+
+@pytest.mark.parametrize(("platform", "peak"), [("tpu", 11), ("cuda", 20)])
+def test_the_peak_of_a_tpu_is_that_of_its_own_memory(platform, peak):
+    # As libtpu 0.0.50 reports a step with arguments and temporaries on the host.
+    sizes = types.SimpleNamespace(
+        argument_size_in_bytes=3,
+        temp_size_in_bytes=9,
+        generated_code_size_in_bytes=1,
+        output_size_in_bytes=3,
+        alias_size_in_bytes=3,
+        peak_memory_in_bytes=20,
+        total_allocation_bytes=12,
+        host_argument_size_in_bytes=7,
+        host_output_size_in_bytes=7,
+        host_alias_size_in_bytes=7,
+        host_temp_size_in_bytes=2,
+    )
+    found = measurement()
+    aot._take_memory(found, sizes, platform)
+    assert (found.host, found.peak) == (9, peak)
 
 
 # --- suggestions
