@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 import mtnlg_jax
 from mtnlg_jax import compat
 from mtnlg_jax.config import Config
-from mtnlg_jax.train import changes
+from mtnlg_jax.train import changes, spike_rule
 from mtnlg_jax.train.processes import fingerprint
 from mtnlg_jax.train.schedule import samples_before
 
@@ -60,6 +60,18 @@ FREE = {
     "train.heartbeat_seconds",
     "train.compare_every",
     "train.verify_every",
+    "train.stats_every",
+    "train.spike_leave_out",
+    "train.near_every",
+    "train.near_folder",
+    "train.trackers",
+    "train.tracker_project",
+    "train.profile_steps",
+    "train.profile_signal",
+    "train.profile_signal_steps",
+    "train.sample_prompts",
+    "train.sample_every",
+    "train.sample_tokens",
     "train.device_flops",
 }
 FREE_SECTIONS = ("decode",)
@@ -112,6 +124,8 @@ def program_options(
         "answers alone": sparse,
         # The teacher's parameters are an argument, its shape is not.
         "teacher": distillation and fingerprint(dataclasses.asdict(distillation)),
+        # The histories of its rule follow stages and sources, which are free otherwise.
+        "histories of spikes": spike_rule.histories(config),
     }
     return {f"program.{name}": value for name, value in found.items()}
 

@@ -147,6 +147,13 @@ def _kind_at(config: Config, step: jax.Array) -> jax.Array:
     return kinds[jnp.minimum(number, len(kinds) - 1)]
 
 
+def histories(config: Config) -> dict[str, list[int]] | None:
+    """Return what of stages and sources is compiled into a step; None where none is judged."""
+    if not wanted(config):
+        return None
+    return {"kinds": _kinds(config), "ends": stage_bounds(config.train)}
+
+
 def _kinds(config: Config) -> list[int]:
     """Return `_kind_at` of each stage.
 
