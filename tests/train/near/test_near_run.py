@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import time
 
 import pytest
 
@@ -51,6 +52,12 @@ def test_a_lost_run_goes_on_from_its_near_copy(prepared, tmp_path, monkeypatch):
     real = loop.batch_at
 
     def failing(config, mesh, data, step, samples):
+        if step == 5:
+            # These steps take milliseconds, and a copy is left out while the last one is written.
+            deadline = time.monotonic() + 60
+            while not list((tmp_path / "host").rglob("3-*/0.own.json")):
+                assert time.monotonic() < deadline
+            time.sleep(0.2)
         if step == 6:
             raise RuntimeError("the machine is gone")
         return real(config, mesh, data, step, samples)

@@ -95,6 +95,7 @@ def test_copies_outlive_the_arrays(opened):
     checkpoints, abstract = opened(2, 1)
     state = state_of(2, abstract)
     advance = jax.jit(lambda s: jax.tree.map(lambda a: a * 2 + 1, s), donate_argnums=0)
+    checkpoints.near.wait()
     checkpoints.near.save(2, state, meta_of(2))
     for _ in range(3):
         state = advance(state)
@@ -199,6 +200,7 @@ def test_a_copied_run_folder_is_another_run(opened, tmp_path):
 def test_a_copy_every_step_is_never_left_out(opened, caplog):
     """The mark of the one before is not a reason."""
     checkpoints, abstract = opened(2, 1)
+    checkpoints.near.wait()
     for step in (1, 2, 3):
         checkpoints.prove()
         checkpoints.near.save(step, state_of(step, abstract), meta_of(step))
