@@ -128,7 +128,7 @@ def test_a_copy_is_restored_as_its_checkpoint_is(tmp_path, old, new, offload):
         make = functools.partial(opening.open_near, train, folder, abstract, mesh)
         return contextlib.closing(Checkpoints(folder, near=make if near else None))
 
-    config, mesh, abstract = held(4, 2, 1, old, ema=0.9)
+    config, mesh, abstract = held(4, 2, 1, old, offload, ema=0.9)
     state = state_of(2, abstract)
     with opened(config, mesh, abstract, "near", True) as checkpoints:
         save(checkpoints, abstract, 2)
