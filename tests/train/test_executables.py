@@ -203,6 +203,10 @@ def test_a_foreign_or_damaged_file_is_refused(tmp_path):
         executable_file.read(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="exclude each other"):
         Executables("a", "b")
+    with pytest.raises(ValueError, match="is a folder; give a file of launch/compile_ahead.py"):
+        Executables(file=str(tmp_path))
+    with pytest.raises(ValueError, match="--executable_folder=.*one.executable is a file"):
+        Executables(folder=str(path))
 
 
 class Untraced:
