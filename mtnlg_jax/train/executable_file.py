@@ -61,8 +61,8 @@ def exists(path: str) -> bool:
 def read(path: str) -> dict[str, Program]:
     """Return the programs of a file or a URL by name.
 
-    Nothing is unpickled or loaded here. Raises FileNotFoundError, and ValueError where it is a folder,
-    foreign, truncated or damaged.
+    Nothing is unpickled or loaded here. Raises FileNotFoundError, and ValueError where it is a
+    folder, foreign, truncated or damaged.
     """
     if not storage.is_remote(path) and os.path.isdir(path):
         raise ValueError(
