@@ -37,6 +37,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = {"tokens_per_second", "mfu", "time"}  # of the clock, not of the run
+TIMES = ("goodput", "processes")  # records of nothing but the clock
 KINDS = ("SIGKILL", "SIGSTOP", "SIGTERM", "full disk", "truncated", "lost host")
 WEIGHTS = (35, 10, 20, 10, 15, 10)
 STEPS_A_FAULT = 10  # of the run: about 6 between two faults, 20 for a full disk
@@ -287,6 +288,7 @@ def numbers(workdir: Path) -> list[dict]:
     return [
         {key: value for key, value in record.items() if key not in MEASURED}
         for record in read_lines(workdir / "metrics.jsonl")
+        if record["kind"] not in TIMES
     ]
 
 

@@ -219,6 +219,8 @@ class Course:
             with self.watchdog.clock.during("saving"):
                 near.save(self.done, self.state, self._meta({}))
             self.watchdog.clock.saved(self.done)
+            # A start that is killed has kept its steps up to this copy.
+            self.watching.record(self.done)
 
     def _evaluate(self) -> dict[str, float]:
         with self.watchdog.clock.during("evaluation"):
