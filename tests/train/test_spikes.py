@@ -156,6 +156,19 @@ def test_a_spike_before_a_comparison_of_replicas_is_judged(planted, tmp_path, mo
     assert records["spike", SPIKE]["back_to"] == 40 and ("train", SPIKE) not in records
 
 
+def test_going_back_to_a_near_copy_ends_in_the_same_state(planted, rewound, tmp_path):
+    near = tmp_path / "near"
+    run = tmp_path / "run"
+    found = trained(planted, run, near_every=1, near_folder=str(near), **REWIND)
+    records = records_of(run)
+    # To the newest copy: one is left out while the last one is still being written.
+    assert 20 < records["spike", SPIKE]["back_to"] < SPIKE and found.spikes == 1
+    assert same_state(run, rewound.workdir)
+    theirs = records_of(rewound.workdir, "train")
+    assert {key: records[key] for key in records if key[0] == "train"} == theirs
+    assert not list(near.rglob("*.*"))
+
+
 def meta_of(workdir, step=60):
     return manifest.read_record(epath.Path(workdir) / "checkpoints" / str(step))[0]["meta"]
 
