@@ -211,6 +211,21 @@ def test_a_copy_without_a_finite_loss_is_given_up(opened, tmp_path):
     assert checkpoints.give_up() is None and not files(tmp_path, ".json")
 
 
+def test_copies_after_the_last_comparison_are_distrusted(opened, tmp_path):
+    checkpoints, abstract = opened(2, 1)
+    checkpoints.save(2, state_of(2, abstract), meta_of(2), wait=True)
+    save(checkpoints, abstract, 4)
+    checkpoints.near.save(6, state_of(6, abstract), meta_of(6))  # perhaps on its way still
+    assert checkpoints.distrust(4) == 4
+    checkpoints, abstract = opened(2, 1)
+    assert checkpoints.restore(abstract, IDENTITY)[0] == 4  # also one of an earlier start
+    save(checkpoints, abstract, 6)
+    assert checkpoints.distrust(3) == 2
+    assert not files(tmp_path, ".json") and not files(tmp_path, ".data")
+    assert checkpoints.distrust(1) is None
+    assert (tmp_path / "run/checkpoints/2.suspect").is_dir()
+
+
 def test_a_copy_passes_the_checks_of_a_checkpoint(opened):
     checkpoints, abstract = opened(2, 1)
     save(checkpoints, abstract, 2)
