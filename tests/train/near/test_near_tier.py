@@ -97,6 +97,8 @@ def test_any_mesh_restores_any_copy(opened, data, tensor):
     assert bits(state) == bits(state_of(6, abstract))
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, abstract)
     assert "goes on from the copy of step 6" in checkpoints.lines()[0]
+    # Who deletes the run must know it.
+    assert f"in {checkpoints.near.files.folder}: " in checkpoints.lines()[0]
 
 
 def held(data: int, tensor: int, zero: int, dtype: str, offload: str = "none", ema: float = 0.0):
