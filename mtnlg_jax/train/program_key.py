@@ -84,6 +84,7 @@ _SETTINGS_OF_JAX = (
     "jax_default_matmul_precision",
     "jax_default_prng_impl",
     "jax_threefry_partitionable",
+    "jax_random_seed_offset",
     "jax_numpy_dtype_promotion",
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")

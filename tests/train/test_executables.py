@@ -151,9 +151,15 @@ def test_other_devices_flags_and_code_change_the_key(monkeypatch):
     here = key_of(CONFIG, mesh)
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
     turned = make_mesh(MeshConfig(data=4), jax.devices()[3::-1])
-    found = differences(here, key_of(CONFIG, turned))
+    # It is added to train.seed where keys are made, which is in the step.
+    jax.config.update("jax_random_seed_offset", 3)
+    try:
+        found = differences(here, key_of(CONFIG, turned))
+    finally:
+        jax.config.update("jax_random_seed_offset", 0)
     assert 'flag --xla_cpu_enable_fast_math nothing there, "true" here' in found
     assert any(line.startswith("devices.order ") for line in found)
+    assert "jax_random_seed_offset 0 there, 3 here" in found
     # The number of simulated devices is not a flag of the compiler, in whatever way it is set.
     assert not any("device_count" in line for line in found)
     for name in ("jax", "jaxlib", "flax", "optax", "mtnlg_jax"):
