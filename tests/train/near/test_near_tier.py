@@ -281,6 +281,14 @@ def test_a_copy_every_step_is_never_left_out(opened, caplog):
     assert checkpoints.restore(abstract, IDENTITY)[0] == 3
 
 
+def test_a_run_with_a_near_copy_alone_is_not_fresh(opened, tmp_path):
+    """So it goes on where the run of train.init is gone."""
+    checkpoints, abstract = opened(2, 1)
+    assert not checkpoints.has_any()
+    save(checkpoints, abstract, 2)
+    assert not checkpoints.steps() and opened(2, 1)[0].has_any()
+
+
 def test_copies_go_once_the_run_is_saved(opened, tmp_path):
     checkpoints, abstract = opened(2, 1)
     save(checkpoints, abstract, 2)
