@@ -40,7 +40,6 @@ FREE = {
     "data.masking.random_share",
     "optimizer.dp_accountant",
     "optimizer.dp_secret",
-    "optimizer.dp_source_rows",
     "train.init",
     "train.stages",
     "train.log_every",

@@ -64,7 +64,6 @@ OTHERS = {
     "data.masking.random_share": 0.2,
     "optimizer.dp_accountant": "rdp",
     "optimizer.dp_secret": "other",
-    "optimizer.dp_source_rows": 7,
     "train.init": "other",
     "train.stages": (StageConfig(name="other", learning_rate_scale=0.5),),
     "train.log_every": 7,
@@ -134,6 +133,8 @@ def test_free_settings_do_not_change_the_program_and_others_change_the_key():
     # All other settings are in the key.
     decisive = {name for name in names - FREE if not name.startswith("decode.")}
     assert decisive <= set(here)
+    # The rows of a unit of differential privacy are the divisor of its sums.
+    assert "optimizer.dp_source_rows" in here
     faster = override(CONFIG, "optimizer.learning_rate=2e-3")
     assert text_of(faster) != text_of(CONFIG)
     assert differences(here, here | key_of(faster, mesh)) == [
