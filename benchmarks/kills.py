@@ -330,11 +330,16 @@ def main(argv=None) -> dict:
     return result
 
 
+def _shown(given: list[str]) -> list[str]:
+    """Return the flags without those that name places of this machine."""
+    return [flag for flag in given if not flag.startswith(("--output", "--keep", "--folder"))]
+
+
 def describe(args, faults, code, equal, seconds, kinds, steps) -> dict:
     restarted = [fault for fault in faults if "seconds_to_first_step" in fault]
     lost = [fault["lost_steps"] for fault in faults]
     return {
-        "command": " ".join(["python", "benchmarks/kills.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/kills.py", *_shown(sys.argv[1:])]),
         "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
