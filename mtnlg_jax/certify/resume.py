@@ -18,7 +18,7 @@ from mtnlg_jax.certify.shrink import STEPS
 from mtnlg_jax.config import Config, to_json
 from mtnlg_jax.data.batches import SAMPLE_ORDER
 from mtnlg_jax.parallel.mesh import make_mesh
-from mtnlg_jax.train import changes, lora, privacy
+from mtnlg_jax.train import averages, changes, lora, moments, privacy
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.checkpoint_arrays import flatten
 from mtnlg_jax.train.inputs import Data, batch_at
@@ -119,7 +119,7 @@ def moved(
         checkpoints.save(SAVED, state, meta, wait=True)
         saved = {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
         state, told = stays.go_on(state, SAVED, STEPS)
-        moments = _moments(state)
+        kept = _moments(state)
         for place, run in others.items():
             where = f"{mesh} -> {place}"
 
@@ -138,21 +138,24 @@ def moved(
                 for step, (one, other) in enumerate(zip(again[check], wanted, strict=True), SAVED):
                     add(check, f"step {step}", figures.loss_difference(one, other))
             for kind, arrays in _moments(state).items():
-                each = figures.tensor_differences(arrays, moments[kind], types)
+                each = figures.tensor_differences(arrays, kept[kind], types)
                 for name, difference in each.items():
                     add(figures.MOMENTS, f"{kind} {name}", difference)
     return found
 
 
 def _moments(state: TrainState) -> dict[str, dict[str, np.ndarray]]:
-    """Return the moments of the optimizer by kind, such as mu, and by parameter."""
+    """Return the moments of the optimizer by kind, such as mu, and by parameter, and the averages
+    of the weights. Moments in fewer bits are decoded: neighboring codes are not close in numbers.
+    """
+    opt_state = moments.decode(jax.tree.map(np.asarray, state.opt_state))
     found: dict[str, dict[str, np.ndarray]] = {}
-    for name, leaf in flatten({"opt_state": state.opt_state}).items():
-        # Names are such as opt_state.1.mu.blocks.mlp.w_in_DF.
-        for kind in ("mu", "nu"):
-            before, point, rest = name.partition(f".{kind}.")
+    for name, leaf in flatten({"opt_state": opt_state, **averages.held(state)}).items():
+        # Names are such as opt_state.1.mu.blocks.mlp.w_in_DF, and ema.blocks.mlp.w_in_DF.
+        for kind in ("mu", "nu", averages.KEY):
+            before, point, rest = f".{name}".partition(f".{kind}.")
             if point:
-                part = f"{before.removeprefix('opt_state.')}.{kind}"
+                part = f"{before}.{kind}".removeprefix(".").removeprefix("opt_state.")
                 found.setdefault(part, {})[rest] = np.asarray(leaf)
     return found
 

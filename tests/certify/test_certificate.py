@@ -232,4 +232,10 @@ def test_tolerances_follow_the_types():
     )
     assert chosen.value == limit[figures.GRADIENT, "bfloat16"].value + 0.1
     assert "visits another expert" in chosen.why
+    # Moments in fewer bits are rounded at random, by one neighbor each step.
+    rounded = dataclasses.replace(config.optimizer, moments_dtype="bfloat16")
+    told = figures.tolerance_of(
+        figures.MOMENTS, strict, dataclasses.replace(config, optimizer=rounded), devices=8
+    )
+    assert told.value == pytest.approx(1e-5 + 2**-6) and "moments_dtype" in told.why
     assert figures.differing_bits(np.float32([0.0]), np.float32([-0.0])) > 0
