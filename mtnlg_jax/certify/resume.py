@@ -18,7 +18,7 @@ from mtnlg_jax.certify.shrink import STEPS
 from mtnlg_jax.config import Config, to_json
 from mtnlg_jax.data.batches import SAMPLE_ORDER
 from mtnlg_jax.parallel.mesh import make_mesh
-from mtnlg_jax.train import averages, changes, lora, moments, privacy
+from mtnlg_jax.train import changes, lora, moments, privacy
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.checkpoint_arrays import flatten
 from mtnlg_jax.train.inputs import Data, batch_at
@@ -145,17 +145,20 @@ def moved(
 
 
 def _moments(state: TrainState) -> dict[str, dict[str, np.ndarray]]:
-    """Return the moments of the optimizer by kind, such as mu, and by parameter, and the averages
-    of the weights. Moments in fewer bits are decoded: neighboring codes are not close in numbers.
+    """Return the moments of the optimizer by kind, such as mu, and by parameter.
+
+    Moments in fewer bits are decoded: codes of neighbors say nothing of their distance.
     """
     opt_state = moments.decode(jax.tree.map(np.asarray, state.opt_state))
     found: dict[str, dict[str, np.ndarray]] = {}
-    for name, leaf in flatten({"opt_state": opt_state, **averages.held(state)}).items():
-        # Names are such as opt_state.1.mu.blocks.mlp.w_in_DF, and ema.blocks.mlp.w_in_DF.
-        for kind in ("mu", "nu", averages.KEY):
-            before, point, rest = f".{name}".partition(f".{kind}.")
+    # Weights and their averages are not among them: Adam makes updates of those gradients too that
+    # are 0 but for rounding, such as those of key biases.
+    for name, leaf in flatten({"opt_state": opt_state}).items():
+        # Names are such as opt_state.1.mu.blocks.mlp.w_in_DF.
+        for kind in ("mu", "nu"):
+            before, point, rest = name.partition(f".{kind}.")
             if point:
-                part = f"{before}.{kind}".removeprefix(".").removeprefix("opt_state.")
+                part = f"{before.removeprefix('opt_state.')}.{kind}"
                 found.setdefault(part, {})[rest] = np.asarray(leaf)
     return found
 
