@@ -174,12 +174,11 @@ def _phases(config: Config, train: TrainConfig) -> dict[str, int | None]:
     """Return warm-up and decay in samples, the same shares of ``train`` as of the whole run, where
     ``config`` gives samples."""
     optimizer = config.optimizer
+    if optimizer.warmup_samples is None and optimizer.decay_samples is None:
+        return {}
     before = samples_before(config.train, config.train.steps)
     after = samples_before(train, train.steps)
     whole = phases_of(optimizer, before)
-    warmup, decay = optimizer.warmup_samples, optimizer.decay_samples
-    if warmup is None and decay is None:
-        return {}
     warmup = round(whole.warmup * after / before)
     if whole.warmup and optimizer.lr_decay_style == "inverse_square_root":
         warmup = max(warmup, 1)  # it falls from there
