@@ -7,7 +7,7 @@ length of rows, the batch and the steps.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mtnlg_jax.certify import meshes as small
 from mtnlg_jax.certify.meshes import Sizes
@@ -170,7 +170,7 @@ def _optimizer(config: Config, train: TrainConfig, narrow: int) -> OptimizerConf
     )
 
 
-def _phases(config: Config, train: TrainConfig) -> dict[str, int | None]:
+def _phases(config: Config, train: TrainConfig) -> dict[str, Any]:
     """Return warm-up and decay in samples, the same shares of ``train`` as of the whole run, where
     ``config`` gives samples."""
     optimizer = config.optimizer
