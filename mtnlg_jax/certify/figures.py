@@ -1,5 +1,6 @@
 """The figures of a certificate: relative differences, each with its tolerance and the reason."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -24,6 +25,10 @@ _MARGIN = 3
 # Of experts in bfloat16: a few tokens of the hundreds of each expert visit another one.
 _CHANGED_CHOICES = 0.05
 _MOVED_TOKENS = 0.1
+# Distance of neighbors, relative to the largest number of a tensor, in moments of each type. They
+# are rounded at random: a difference in the last bit of a gradient may choose the other neighbor.
+# int8: the highest decade of the dynamic map has 64 codes, and of second moments 128 for the roots.
+_SPACING = {"float32": 0.0, "bfloat16": 2.0**-7, "int8": 0.9 / 64}
 # Roundings of a layer on the way of a gradient: eight values forward and eight backward.
 _ROUNDINGS = 16
 
@@ -93,6 +98,16 @@ def tolerance_of(check: str, types: Types, config: Config, devices: int) -> Tole
     """Return the tolerance of ``check`` in ``types`` for the small ``config``."""
     if check in (RESTORED, EXCHANGE, PLAN):
         return Tolerance(EXACT, "numbers are copied and not computed, so every bit is the same")
+    spacing = _SPACING[config.optimizer.moments_dtype]
+    if check == MOMENTS and spacing:
+        # Two steps after the checkpoint, each at most one neighbor away.
+        exact = dataclasses.replace(config.optimizer, moments_dtype="float32")
+        rest = tolerance_of(check, types, dataclasses.replace(config, optimizer=exact), devices)
+        return Tolerance(
+            rest.value + 2 * spacing,
+            f"{rest.why}; and two roundings of optimizer.moments_dtype="
+            f"{config.optimizer.moments_dtype}, which may go to the other neighbor",
+        )
     layers = config.model.num_layers
     if types == STRICT:
         if check == LOADS:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from mtnlg_jax.certify.meshes import Sizes
 from mtnlg_jax.config import Config, LayerSpec, MeshConfig, ModelConfig, MoEConfig, PrefixConfig
+from mtnlg_jax.config.memory_rules import width_block
 
 VOCABULARY = 300  # tokens of the tokenizer of the small data
 LENGTH = 32  # fewest tokens in a row
@@ -78,6 +79,14 @@ def small_model(config: Config, parts: Parts) -> ModelConfig:
     def wide(width: int | None) -> int | None:
         return up_to(width * ratio, 2 * unit) if width else width
 
+    def mlp(width: int | None) -> int | None:
+        found = wide(width) or 4 * hidden
+        if config.optimizer.moments_dtype == "int8":
+            # Whole blocks for each part, as `config.memory_rules` asks.
+            while not width_block(found) or found // width_block(found) % parts.tensor:
+                found += 1
+        return width if width is None and found == 4 * hidden else found
+
     def base(width: int | None, of: int, new: int) -> int | None:
         return max(1, round(width / of * new)) if width else width
 
@@ -87,7 +96,7 @@ def small_model(config: Config, parts: Parts) -> ModelConfig:
         "num_attention_heads": heads,
         "num_query_groups": groups if model.num_query_groups else None,
         "kv_channels": head if model.kv_channels else None,
-        "ffn_hidden_size": wide(model.ffn_hidden_size),
+        "ffn_hidden_size": mlp(model.ffn_hidden_size),
         "mup_base_hidden_size": base(model.mup_base_hidden_size, model.hidden_size, hidden),
         "mup_base_kv_channels": base(model.mup_base_kv_channels, model.head_width, head),
         "max_position_embeddings": up_to(max(1, scale * model.max_position_embeddings), length),

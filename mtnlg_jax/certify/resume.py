@@ -18,7 +18,7 @@ from mtnlg_jax.certify.shrink import STEPS
 from mtnlg_jax.config import Config, to_json
 from mtnlg_jax.data.batches import SAMPLE_ORDER
 from mtnlg_jax.parallel.mesh import make_mesh
-from mtnlg_jax.train import changes, lora, privacy
+from mtnlg_jax.train import changes, lora, moments, privacy
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.checkpoint_arrays import flatten
 from mtnlg_jax.train.inputs import Data, batch_at
@@ -119,7 +119,7 @@ def moved(
         checkpoints.save(SAVED, state, meta, wait=True)
         saved = {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
         state, told = stays.go_on(state, SAVED, STEPS)
-        moments = _moments(state)
+        kept = _moments(state)
         for place, run in others.items():
             where = f"{mesh} -> {place}"
 
@@ -138,16 +138,22 @@ def moved(
                 for step, (one, other) in enumerate(zip(again[check], wanted, strict=True), SAVED):
                     add(check, f"step {step}", figures.loss_difference(one, other))
             for kind, arrays in _moments(state).items():
-                each = figures.tensor_differences(arrays, moments[kind], types)
+                each = figures.tensor_differences(arrays, kept[kind], types)
                 for name, difference in each.items():
                     add(figures.MOMENTS, f"{kind} {name}", difference)
     return found
 
 
 def _moments(state: TrainState) -> dict[str, dict[str, np.ndarray]]:
-    """Return the moments of the optimizer by kind, such as mu, and by parameter."""
+    """Return the moments of the optimizer by kind, such as mu, and by parameter.
+
+    Moments in fewer bits are decoded: codes of neighbors say nothing of their distance.
+    """
+    opt_state = moments.decode(jax.tree.map(np.asarray, state.opt_state))
     found: dict[str, dict[str, np.ndarray]] = {}
-    for name, leaf in flatten({"opt_state": state.opt_state}).items():
+    # Weights and their averages are not among them: Adam makes updates of those gradients too that
+    # are 0 but for rounding, such as those of key biases.
+    for name, leaf in flatten({"opt_state": opt_state}).items():
         # Names are such as opt_state.1.mu.blocks.mlp.w_in_DF.
         for kind in ("mu", "nu"):
             before, point, rest = name.partition(f".{kind}.")

@@ -7,7 +7,7 @@ length of rows, the batch and the steps.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mtnlg_jax.certify import meshes as small
 from mtnlg_jax.certify.meshes import Sizes
@@ -22,6 +22,7 @@ from mtnlg_jax.config import (
     validate,
     validate_batch,
 )
+from mtnlg_jax.config.samples import phases_of, samples_before
 from mtnlg_jax.parallel.mesh import local_shape, plan_table, row_shards
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.checkpoint import config_of
@@ -113,6 +114,8 @@ def _other(config: Config, found: list[Sizes]) -> Sizes:
         except ValueError:
             continue
         return sizes
+    # Where the copy itself is wrong, more devices would not help.
+    check(_copied(config, found[0], parts_of(found), ()), found[0])
     raise ValueError(
         f"no mesh is left to resume on beside {small.text_of(found[0])}; give more --devices"
     )
@@ -126,6 +129,7 @@ def _copied(config: Config, sizes: Sizes, parts: Parts, data: Sequence[str]) -> 
         mesh = dataclasses.replace(mesh, flush=parts.pipe)
     model = small_model(config, parts)
     length = small_length(config, parts)
+    train = _train(config, parts, length)
     return dataclasses.replace(
         config,
         name=f"{config.name} (small copy)",
@@ -136,13 +140,15 @@ def _copied(config: Config, sizes: Sizes, parts: Parts, data: Sequence[str]) -> 
             masking=config.data.masking,
             sequence_length=length,
         ),
-        optimizer=_optimizer(config.optimizer, min(model.hidden_size, model.mlp_width)),
-        train=_train(config, parts, length),
+        optimizer=_optimizer(config, train, min(model.hidden_size, model.mlp_width)),
+        train=train,
         decode=DecodeConfig(),
     )
 
 
-def _optimizer(optimizer: OptimizerConfig, narrow: int) -> OptimizerConfig:
+def _optimizer(config: Config, train: TrainConfig, narrow: int) -> OptimizerConfig:
+    """Return the optimizer of the small copy, whose training is ``train``."""
+    optimizer = config.optimizer
     if optimizer.private:
         noise = optimizer.dp_noise_multiplier or 1.0
         optimizer = dataclasses.replace(
@@ -152,11 +158,34 @@ def _optimizer(optimizer: OptimizerConfig, narrow: int) -> OptimizerConfig:
             dp_delta=None,
             dp_secret="",
         )
-    if optimizer.warmup_samples is not None:
-        optimizer = dataclasses.replace(optimizer, warmup_samples=None, warmup_fraction=0.25)
-    rank = min(optimizer.lora_rank, 4, narrow)
-    # Numbers of samples are those of the whole run, and four steps have no cycles.
-    return dataclasses.replace(optimizer, lora_rank=rank, decay_samples=None, lr_cycles=1)
+    if optimizer.name == "soap":
+        # Its bases turn before the state is saved, so that a turned one is compared.
+        often = min(optimizer.precondition_frequency, STEPS // 2)
+        optimizer = dataclasses.replace(optimizer, precondition_frequency=often)
+    return dataclasses.replace(
+        optimizer,
+        lora_rank=min(optimizer.lora_rank, 4, narrow),
+        lr_cycles=1,  # four steps have no cycles
+        **_phases(config, train),
+    )
+
+
+def _phases(config: Config, train: TrainConfig) -> dict[str, Any]:
+    """Return warm-up and decay in samples, the same shares of ``train`` as of the whole run, where
+    ``config`` gives samples."""
+    optimizer = config.optimizer
+    if optimizer.warmup_samples is None and optimizer.decay_samples is None:
+        return {}
+    before = samples_before(config.train, config.train.steps)
+    after = samples_before(train, train.steps)
+    whole = phases_of(optimizer, before)
+    warmup = round(whole.warmup * after / before)
+    if whole.warmup and optimizer.lr_decay_style == "inverse_square_root":
+        warmup = max(warmup, 1)  # it falls from there
+    return {
+        "warmup_samples": warmup,
+        "decay_samples": max(round(whole.end * after / before), warmup + 1),
+    }
 
 
 def _train(config: Config, parts: Parts, length: int) -> TrainConfig:

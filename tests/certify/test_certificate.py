@@ -149,7 +149,7 @@ def test_a_gradient_summed_over_the_wrong_axis_is_named(tmp_path, monkeypatch):
     )
 
 
-def test_a_wrong_spec_is_named_although_every_gradient_differs(tmp_path, monkeypatch):
+def plant_a_wrong_spec(monkeypatch):
     real = plan.spec_of
 
     def planted(dims, zero=1, whole=""):
@@ -158,6 +158,10 @@ def test_a_wrong_spec_is_named_although_every_gradient_differs(tmp_path, monkeyp
 
     for module in (plan, collectives):
         monkeypatch.setattr(module, "spec_of", planted)
+
+
+def test_a_wrong_spec_is_named_although_every_gradient_differs(tmp_path, monkeypatch):
+    plant_a_wrong_spec(monkeypatch)
     found = examined(tmp_path, config_of(tensor=4, data=4, zero=0))
     wrong = found.outside()
     assert sum(figure.check == figures.GRADIENT for figure in wrong) > 3
@@ -193,6 +197,19 @@ def test_the_command_exits_with_1_and_tells_the_tensor(sound, tmp_path, monkeypa
         capsys.readouterr().out
     )
     assert json.loads((tmp_path / "a.json").read_text())["within"] is True
+
+
+@pytest.mark.slow
+def test_the_command_names_a_planted_spec(tmp_path, monkeypatch, capsys):
+    plant_a_wrong_spec(monkeypatch)
+    flags.FLAGS.unparse_flags()
+    output = tmp_path / "a.json"
+    with flagsaver.flagsaver():
+        flags.FLAGS(["prove", "--config=a.py", "--devices=4", "--noprogress", f"--output={output}"])
+        assert perform.perform(config_of(tensor=4, data=4, zero=0)) == 1
+    assert "look at positions_PD: its part of the plan is wrong" in capsys.readouterr().out
+    told = json.loads(output.read_text())
+    assert told["within"] is False and told["suspects"] == ["positions_PD"]
 
 
 # --- figures
@@ -232,4 +249,10 @@ def test_tolerances_follow_the_types():
     )
     assert chosen.value == limit[figures.GRADIENT, "bfloat16"].value + 0.1
     assert "visits another expert" in chosen.why
+    # Moments in fewer bits are rounded at random, by one neighbor each step.
+    rounded = dataclasses.replace(config.optimizer, moments_dtype="bfloat16")
+    told = figures.tolerance_of(
+        figures.MOMENTS, strict, dataclasses.replace(config, optimizer=rounded), devices=8
+    )
+    assert told.value == pytest.approx(1e-5 + 2**-6) and "moments_dtype" in told.why
     assert figures.differing_bits(np.float32([0.0]), np.float32([-0.0])) > 0

@@ -22,6 +22,7 @@ from mtnlg_jax.config import (
     load_config,
     validate,
 )
+from mtnlg_jax.config.samples import phases_of, samples_before
 from mtnlg_jax.parallel.mesh import AXES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -173,6 +174,77 @@ def test_padding_and_teachers_stay():
     stages = (StageConfig("taught", distill="no such run", distill_temperature=2.0),)
     copy = small_of(train={"stages": stages})
     assert copy.teacher is not None and copy.teacher.vocabulary == copy.config.model.vocabulary
+
+
+FITTING = {
+    "muP": ({"mup_base_hidden_size": 256}, {}, {}),
+    "int8": (
+        {"ffn_hidden_size": 2752, "activation": "swiglu"},
+        {"moments_dtype": "int8"},
+        {},
+    ),
+    "samples": ({}, {"warmup_samples": 1000, "decay_samples": 25_000}, {}),
+    "short decay": ({}, {"warmup_samples": 100, "decay_fraction": 0.2}, {}),
+    "wsd": (
+        {},
+        {"lr_decay_style": "wsd", "wsd_decay_fraction": 0.9, "warmup_samples": 1000},
+        {},
+    ),
+    "root": ({}, {"lr_decay_style": "inverse_square_root", "warmup_samples": 100}, {}),
+    "soap": ({}, {"name": "soap"}, {}),
+    "lion": ({}, {"name": "lion", "clip_update_norm": 2.0}, {}),
+    "offload": ({}, {"moments_dtype": "bfloat16"}, {"offload": "both", "ema_decay": 0.9}),
+    "watched": (
+        {},
+        {},
+        {
+            "spike_policy": "rewind",
+            "spike_deviations": 4.0,
+            "near_every": 2,
+            "stats_every": 20,
+            "verify_every": 20,
+            "trackers": ("wandb",),
+            "profile_steps": (90, 95),
+            "profile_signal": "SIGUSR1",
+            "profile_signal_steps": 3,
+            "sample_prompts": ("a text",),
+            "sample_tokens": 40,
+            "eval_tasks": ("hellaswag",),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize("mesh", [{"tensor": 4, "data": 4}, {"pipe": 4, "data": 2, "context": 2}])
+def test_settings_that_depend_on_sizes_fit_the_small_copy(name, mesh):
+    model, optimizer, train = FITTING[name]
+    config = config_of(mesh=mesh, model=model, optimizer=optimizer, train=train)
+    new = small_copy(config, 8).config
+    for kept in ("lr_decay_style", "wsd_decay_fraction", "moments_dtype", "name"):
+        assert getattr(new.optimizer, kept) == getattr(config.optimizer, kept)
+    assert new.train.offload == config.train.offload
+    assert new.train.ema_decay == config.train.ema_decay
+    assert new.train.spike_policy == "none" and not new.train.near_every
+    if name == "muP":
+        small = new.model
+        assert small.hidden_size / small.mup_base_hidden_size == pytest.approx(4)
+    if name == "soap":
+        assert new.optimizer.precondition_frequency == 2  # it turns before the state is saved
+    total = samples_before(new.train, new.train.steps)
+    if name == "samples":
+        phases = phases_of(new.optimizer, total)
+        assert phases.end == pytest.approx(25_000 / 51_200 * total, abs=1)
+        assert phases.warmup == pytest.approx(1000 / 51_200 * total, abs=1)
+
+
+def test_a_wrong_copy_is_refused_for_its_own_reason(monkeypatch):
+    def wrong(config, sizes):
+        raise ValueError("the real reason")
+
+    monkeypatch.setattr("mtnlg_jax.certify.shrink.check", wrong)
+    with pytest.raises(ValueError, match="the real reason"):
+        small_of(mesh={"tensor": 4})
 
 
 # --- meshes
