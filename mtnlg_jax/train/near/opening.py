@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from mtnlg_jax import storage
 from mtnlg_jax.config import TrainConfig
-from mtnlg_jax.train import checkpoint_arrays, extras, processes
+from mtnlg_jax.train import checkpoint_arrays, extras, moments_dtype, processes
 from mtnlg_jax.train.near.tier import NearTier
 from mtnlg_jax.train.near.whole import Candidate
 
@@ -49,12 +49,16 @@ def _id_of_run(checkpoints: str) -> str:
 
 def restore_near(near: NearTier, candidate: Candidate, abstract_state: Any) -> tuple[Any, set[str]]:
     """Return the state of ``candidate`` with the structure and the shardings of ``abstract_state``,
-    and the parts of its extras that the copy lacks, which are 0.
+    and the parts of its extras that the copy lacks, which are 0. Moments may have been copied in
+    another type.
 
     All other copies are removed.
     """
-    flat = checkpoint_arrays.flatten(abstract_state)
     known = candidate.about["arrays"]
+    wanted = checkpoint_arrays.shapes(checkpoint_arrays.flatten(abstract_state))
+    as_saved, convert = moments_dtype.conversion(abstract_state.opt_state, known, wanted)
+    abstract_state = abstract_state._replace(opt_state=as_saved)
+    flat = checkpoint_arrays.flatten(abstract_state)
     saved = {name: leaf for name, leaf in flat.items() if name in known}
     new = {name: leaf for name, leaf in flat.items() if name not in known}
     arrays = near.read(candidate, saved)
@@ -62,4 +66,5 @@ def restore_near(near: NearTier, candidate: Candidate, abstract_state: Any) -> t
     near.go_on_from(candidate)
     leaves = [arrays[name] for name in flat]
     state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+    state = state._replace(opt_state=convert(state.opt_state))
     return state, extras.lacking(flat, known)
