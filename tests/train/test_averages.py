@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtnlg_jax import foreign
 from mtnlg_jax.config import (
     Config,
     MeshConfig,
@@ -22,8 +23,9 @@ from mtnlg_jax.config import (
 from mtnlg_jax.decode.load import load_decoder
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import loop
+from mtnlg_jax.train.adapter_file import open_base, weights_of
 from mtnlg_jax.train.batch import put_batch
-from mtnlg_jax.train.checkpoint import Checkpoints, load_run
+from mtnlg_jax.train.checkpoint import Checkpoints, config_of, load_run
 from mtnlg_jax.train.checkpoint_arrays import flatten
 from mtnlg_jax.train.metrics import read_metrics
 from mtnlg_jax.train.state import abstract_state, init_state
@@ -144,6 +146,20 @@ def test_a_checkpoint_gives_its_averages(trained):
     _, decoder = load_decoder(workdir, "ema")
     table = flatten(decoder.params[0])["tokens_VD"]
     np.testing.assert_array_equal(np.asarray(table), np.asarray(mean["tokens_VD"]))
+
+
+def test_records_tell_averages_from_weights(trained):
+    """Outputs of one are not continued with the other."""
+    _, workdir = trained
+    one, last, mean = (weights_of(workdir, which, 4) for which in ("best", "last", "ema"))
+    assert one == last != mean
+
+
+@pytest.mark.parametrize("load", [load_run, load_decoder, config_of, open_base])
+def test_a_model_of_another_format_has_no_averages(tmp_path, monkeypatch, load):
+    monkeypatch.setattr(foreign, "reader_of", lambda path: object())
+    with pytest.raises(ValueError, match="is not a run, and has no averages .* leave --checkpoint"):
+        load(tmp_path, "ema")
 
 
 def test_an_evaluation_also_tells_of_the_averages(trained):
