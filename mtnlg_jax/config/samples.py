@@ -54,9 +54,9 @@ class Phases(NamedTuple):
 def phases_of(optimizer: OptimizerConfig, total: int) -> Phases:
     """Return the phases of a run of ``total`` sequences."""
     warmup: float = optimizer.warmup_fraction * total
-    # Whole sequences, so that a longer run can keep them (`changes.kept_warmup`). The cosine keeps
-    # the fractions with which it was always computed.
-    if optimizer.lr_decay_style != "cosine":
+    # Whole sequences, so that a longer run can keep them (`changes.kept_warmup`). The cosine that
+    # ends with the run, and so cannot become longer, keeps the fractions of earlier versions.
+    if optimizer.lr_decay_style != "cosine" or optimizer.decay_samples is not None:
         warmup = round(warmup)
     if optimizer.warmup_samples is not None:
         warmup = optimizer.warmup_samples

@@ -21,14 +21,6 @@ _RULES: Rules = (
         "there is nothing to restart; set lr_cycles=1, or another style",
     ),
     (
-        lambda c: (
-            c.lr_decay_style == "inverse_square_root"
-            and not (c.warmup_fraction if c.warmup_samples is None else c.warmup_samples)
-        ),
-        "optimizer.lr_decay_style=inverse_square_root falls with the square root of "
-        "warm-up / samples, and the warm-up has no length; set optimizer.warmup_fraction above 0",
-    ),
-    (
         lambda c: c.lr_decay_style == "wsd" and c.decay_samples is None and c.decay_fraction > 1,
         "optimizer.decay_fraction={c.decay_fraction} with optimizer.lr_decay_style=wsd: the run "
         "would end before its decay does; set it to 1, or lr_decay_style=constant",
@@ -36,15 +28,18 @@ _RULES: Rules = (
 )
 
 
-def check_schedule(config: Config) -> None:
+def check_schedule(config: Config, total: int | None = None) -> None:
     """Raise ValueError if a setting of the learning rate cannot act, or if its phases exceed the
-    run or their cycle."""
+    run or their cycle.
+
+    ``total``: sequences of the whole run; the default is that of a run that began with ``config``.
+    """
     optimizer = config.optimizer
     check_rules(_RULES, optimizer)
     if optimizer.lr_decay_style != "wsd":
         why = f"is for wsd, and optimizer.lr_decay_style={optimizer.lr_decay_style}; set that"
         refuse_changed(optimizer, ("wsd_decay_style", "wsd_decay_fraction"), why, "optimizer.")
-    total = samples_before(config.train, config.train.steps)
+    total = samples_before(config.train, config.train.steps) if total is None else total
     warmup, _, cycle, decay = phases_of(optimizer, total)
     warmup_text = f"{_warmup(optimizer)}, a warm-up of {warmup:.12g} sequences,"
     if warmup >= total:
@@ -54,6 +49,11 @@ def check_schedule(config: Config) -> None:
         )
     if optimizer.lr_decay_style == "constant":
         return
+    if optimizer.lr_decay_style == "inverse_square_root" and not warmup:
+        raise ValueError(
+            "optimizer.lr_decay_style=inverse_square_root falls with the square root of "
+            f"warm-up / samples, and {warmup_text} has no length; raise it"
+        )
     what = f"the {cycle:.12g} of {_cycle(optimizer)}"
     if optimizer.lr_decay_style != "wsd":
         if warmup >= cycle:

@@ -15,7 +15,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from mtnlg_jax import foreign
 from mtnlg_jax.config import Config, ModelConfig
 from mtnlg_jax.decode.cache import ROUTER, TABLES, Decoder, check_held, split_abstract
 from mtnlg_jax.decode.quantized import ExpertWeight, RowWeight, by_rows
@@ -26,6 +25,7 @@ from mtnlg_jax.parallel.host import Filling, as_type, on_device, one_ahead
 from mtnlg_jax.parallel.mesh import EXPERT_BIAS
 from mtnlg_jax.train.adapted_arrays import stored_arrays
 from mtnlg_jax.train.checkpoint import Before, Run, find_run
+from mtnlg_jax.train.checkpoint_folder import reader_of
 
 
 def load_decoder(
@@ -47,7 +47,7 @@ def load_decoder(
     """
     # Before anything is read, since reading takes long.
     dtype = check_held(dtype, weights, cache)
-    reader = foreign.reader_of(workdir)
+    reader = reader_of(workdir, which)
 
     def check(config: Config, tokenizer) -> None:
         if mesh is not None:

@@ -48,16 +48,14 @@ def memory(
     item: int,
     zero: int,
 ) -> dict[str, float]:
-    """Return the bytes of parameters and gradients of a device, by content.
+    """Return the bytes of parameters, their averages and gradients of a device, by content.
 
     ``layers`` of a stage have ``all_blocks`` numbers with D whole, and the other parameters
     ``all_rest``; compute weights have ``item`` bytes each.
     """
     held_factors = {
         "base": held.base,
-        "adapters": 4 * held.factors,
-        # Lion has no second moments.
-        "moments": (4 if config.optimizer.name == "lion" else 8) * held.factors,
+        "adapters": (8 if config.train.ema_decay else 4) * held.factors,
     }
     layer = all_blocks / layers
     if quantized_base.used(config):

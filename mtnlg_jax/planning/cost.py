@@ -206,7 +206,6 @@ class Job:
         coming = max(0.0, of_moments.coming - (weights + inputs + kept + layer + head))
         parameters = {
             "masters": (8 if self.config.train.ema_decay else 4) * (blocks + rest),
-            "moments": of_moments.device + coming,
             "weights": weights,
             "gradients": gradients,
         }
@@ -215,8 +214,8 @@ class Job:
             parameters = adapters.memory(
                 self.config, of_run, layers, all_blocks, all_rest, self.item, layout.zero
             )
-            parameters["moments"] = of_moments.device + coming
         return parameters | {
+            "moments": of_moments.device + coming,
             "stage inputs": inputs,
             "layers": kept + layer,
             "logits": head,

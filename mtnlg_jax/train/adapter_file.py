@@ -27,6 +27,7 @@ from mtnlg_jax.train import lora
 from mtnlg_jax.train.adapted_arrays import stored_arrays
 from mtnlg_jax.train.arrays import check_finite
 from mtnlg_jax.train.checkpoint import Run, find_run
+from mtnlg_jax.train.checkpoint_folder import reader_of
 from mtnlg_jax.train.init_from import recorded_meaning
 from mtnlg_jax.train.manifest import RECORD
 
@@ -113,7 +114,7 @@ def find(workdir: str | os.PathLike, adapter: str) -> str:
 
 def open_base(workdir: str | os.PathLike, which: str = "best") -> tuple[Run, Any]:
     """Return (a model as a run without parameters, where they are read one at a time)."""
-    reader = foreign.reader_of(workdir)
+    reader = reader_of(workdir, which)
     if reader is not None:
         return reader.open(workdir)
     run = find_run(workdir, which, stored_arrays)
@@ -150,12 +151,14 @@ def identity_of(run: Run, stored: Any) -> dict[str, Any]:
 def weights_of(workdir: str | os.PathLike, which: str, step: int) -> str:
     """Return digits that tell the weights of a model that was loaded, as ``step``, from others.
 
-    They stand for the record of a run's checkpoint, which has the hash of every file, and elsewhere
-    for the weights of `identity_of`, with what an adapter changes.
+    They stand for the record of a run's checkpoint, which has the hash of every file, and for
+    whether its averages were loaded; elsewhere for the weights of `identity_of`, with what an
+    adapter changes.
     """
     if foreign.reader_of(workdir) is None:
         record = epath.Path(workdir) / "checkpoints" / str(step) / RECORD
-        return hashlib.sha256(record.read_bytes()).hexdigest()[:16]
+        averages = b"ema" if which == "ema" else b""
+        return hashlib.sha256(record.read_bytes() + averages).hexdigest()[:16]
     return identity_of(*open_base(workdir, which))["weights"][:16]
 
 

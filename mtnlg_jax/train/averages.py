@@ -18,8 +18,20 @@ def wanted(config: Config) -> bool:
 
 
 def new(config: Config, trained: nnx.State) -> Any:
-    """Return the averages before the first step: the weights themselves, float32."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+    """Return the averages before the first step: the weights themselves, float32.
+
+    They have the names of `state.params`, so that a checkpoint's ema/ is read as its params/.
+    """
+    return _named(config, jax.tree.map(lambda x: x.astype(jnp.float32), trained))
+
+
+def _named(config: Config, averages: Any) -> Any:
+    return {"lora": averages} if lora.used(config) else averages
+
+
+def _trained(config: Config, averages: Any) -> Any:
+    """Return ``averages`` as a tree of the trained parameters."""
+    return averages["lora"] if lora.used(config) else averages
 
 
 def held(state: Any) -> dict[str, Any]:
@@ -37,11 +49,13 @@ def updated(config: Config, state: Any, trained: nnx.State) -> dict[str, Any]:
     decay = jnp.minimum(config.train.ema_decay, (1 + t) / (10 + t))
 
     def moved(averages: Any) -> Any:
-        return jax.tree.map(lambda old, x: old + (1 - decay) * (x - old), averages, trained)
+        averages = _trained(config, averages)
+        new = jax.tree.map(lambda old, x: old + (1 - decay) * (x - old), averages, trained)
+        return _named(config, new)
 
     return {name: moved(averages) for name, averages in held(state).items()}
 
 
 def parameters(config: Config, params: nnx.State, averages: Any) -> nnx.State:
     """Return the model's parameters with ``averages`` in place of those that are trained."""
-    return lora.trainable(params, config)[1](averages)
+    return lora.trainable(params, config)[1](_trained(config, averages))

@@ -245,6 +245,7 @@ def refuse_changes(meta: dict, step: int, alone: bool, config: Config) -> None:
     if before_config := _config_of(saved):
         samples = meta.get("samples", samples_before(before_config.train, step))
         lengthening.refuse_other_rates(before_config, step, samples, config)
+        lengthening.refuse_kept_warmup(before_config, step, samples, config)
 
 
 def report_changes(meta: dict, step: int, samples: int, config: Config) -> str | None:

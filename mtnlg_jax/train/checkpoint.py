@@ -41,13 +41,13 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from mtnlg_jax import foreign, storage
+from mtnlg_jax import storage
 from mtnlg_jax.config import Config, from_json
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train import checkpoint_arrays, extras, lora, manifest
 from mtnlg_jax.train.arrays import check_finite
-from mtnlg_jax.train.checkpoint_folder import CheckpointFolder, Refuse, steps_of
+from mtnlg_jax.train.checkpoint_folder import CheckpointFolder, Refuse, reader_of, steps_of
 from mtnlg_jax.train.near.agree import gather
 from mtnlg_jax.train.near.opening import restore_near
 from mtnlg_jax.train.near.tier import NearTier
@@ -374,7 +374,7 @@ def load_run(
     Raise FileNotFoundError where there is no checkpoint, OSError where none is whole, and without a
     mesh ValueError naming the parameter where one is not finite.
     """
-    reader = foreign.reader_of(workdir)
+    reader = reader_of(workdir, which)
     if reader is not None:
         before(reader.config(workdir), None)
         return reader.load(workdir, mesh, zero, vocab_padding or 0)
@@ -440,7 +440,7 @@ def find_run(
 def config_of(workdir: str | os.PathLike, which: str = "best") -> Config | None:
     """Return the config of the model that `load_run` would load, without reading its parameters;
     None if its record is damaged."""
-    reader = foreign.reader_of(workdir)
+    reader = reader_of(workdir, which)
     if reader is not None:
         return reader.config(workdir)
     run = epath.Path(storage.absolute(workdir))

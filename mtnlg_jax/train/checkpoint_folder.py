@@ -16,7 +16,7 @@ from typing import TextIO
 import jax
 from etils import epath
 
-from mtnlg_jax import storage
+from mtnlg_jax import foreign, storage
 from mtnlg_jax.command import CHECKPOINTS
 from mtnlg_jax.errors import PassingError, is_passing
 from mtnlg_jax.storage import is_remote
@@ -365,3 +365,17 @@ def steps_of(run: epath.Path, which: str) -> list[int]:
         # The others follow in case the best is damaged or deleted while it is read.
         return [best, *(step for step in steps if step != best)]
     return steps
+
+
+def reader_of(workdir: str | os.PathLike, which: str) -> foreign.Reader | None:
+    """Return the reader of a model of another format in ``workdir``; None of a run.
+
+    Raise ValueError where that lacks what ``which`` asks for.
+    """
+    reader = foreign.reader_of(workdir)
+    if reader is not None and which == "ema":
+        raise ValueError(
+            f"{os.fspath(workdir)} is not a run, and has no averages of the weights beside them; "
+            "leave --checkpoint=ema out"
+        )
+    return reader

@@ -12,6 +12,7 @@ import numpy as np
 
 from mtnlg_jax.config import Config
 from mtnlg_jax.config.samples import phases_of
+from mtnlg_jax.config.schedule_rules import check_schedule
 from mtnlg_jax.train.schedule import learning_rate, samples_at_end, samples_before
 
 # Settings of the curve. Who changes one wants another curve, which is reported.
@@ -43,6 +44,21 @@ def kept_warmup(before: Config, step: int, samples: int, config: Config) -> Conf
     if warmup is None and before.train.steps != config.train.steps:
         warmup = round(phases_of(old, _total(before, step, samples)).warmup)
     return dataclasses.replace(config, optimizer=dataclasses.replace(new, warmup_samples=warmup))
+
+
+def refuse_kept_warmup(before: Config, step: int, samples: int, config: Config) -> None:
+    """Raise ValueError if the warm-up that `kept_warmup` keeps does not fit the train.steps of
+    ``config``."""
+    if before.train.steps == config.train.steps:
+        return
+    kept = kept_warmup(before, step, samples, config)
+    try:
+        check_schedule(kept, _total(kept, step, samples))
+    except ValueError as error:
+        raise ValueError(
+            f"train.steps was {before.train.steps} up to checkpoint {step} and is "
+            f"{config.train.steps}, and the warm-up keeps its length: {error}"
+        ) from error
 
 
 def refuse_other_rates(before: Config, step: int, samples: int, config: Config) -> None:

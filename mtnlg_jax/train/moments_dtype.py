@@ -49,7 +49,9 @@ def conversion(
     new = dtype_of(wanted)
     if old == new or not any(name.startswith(_SECTION) for name in saved):
         return opt_state, lambda state: state
-    shapes = jax.eval_shape(lambda state: encode(decode(state), old, seed=0), opt_state)
+    # Without their memory: nothing is computed in that of the host (train.offload).
+    plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), opt_state)
+    shapes = jax.eval_shape(lambda state: encode(decode(state), old, seed=0), plain)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, opt_state)
     mesh = jax.tree.leaves(shardings)[0].mesh
     try:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtnlg_jax import foreign
 from mtnlg_jax.config import (
     Config,
     MeshConfig,
@@ -21,10 +22,11 @@ from mtnlg_jax.config import (
 )
 from mtnlg_jax.decode.load import load_decoder
 from mtnlg_jax.parallel.mesh import make_mesh
-from mtnlg_jax.train import loop
+from mtnlg_jax.train import averages, loop
+from mtnlg_jax.train.adapter_file import open_base, weights_of
 from mtnlg_jax.train.batch import put_batch
-from mtnlg_jax.train.checkpoint import Checkpoints, load_run
-from mtnlg_jax.train.checkpoint_arrays import flatten
+from mtnlg_jax.train.checkpoint import Checkpoints, config_of, load_run
+from mtnlg_jax.train.checkpoint_arrays import flatten, split
 from mtnlg_jax.train.metrics import read_metrics
 from mtnlg_jax.train.state import abstract_state, init_state
 from mtnlg_jax.train.step import make_train_step
@@ -79,12 +81,12 @@ def run_of(data, tensor, bad_step=None):
 def test_averages_follow_the_weights_as_their_law_says():
     found = run_of(1, 1)
     wanted = {name: array.astype(np.float64) for name, array in found[0][0].items()}
-    for step, (params, averages) in enumerate(found[1:], 1):
+    for step, (params, mean) in enumerate(found[1:], 1):
         # 2 / 11 and 3 / 12 at first; from step 3 on the decay that was asked for.
         decay = [0.0, 2 / 11, 3 / 12, 0.3, 0.3][step]
         for name, array in params.items():
             wanted[name] = decay * wanted[name] + (1 - decay) * array
-            np.testing.assert_allclose(averages[name], wanted[name], atol=1e-6)
+            np.testing.assert_allclose(mean[name], wanted[name], atol=1e-6)
     moved = max(np.abs(found[-1][0][name] - wanted[name]).max() for name in wanted)
     assert moved > 1e-3
 
@@ -144,6 +146,37 @@ def test_a_checkpoint_gives_its_averages(trained):
     _, decoder = load_decoder(workdir, "ema")
     table = flatten(decoder.params[0])["tokens_VD"]
     np.testing.assert_array_equal(np.asarray(table), np.asarray(mean["tokens_VD"]))
+
+
+@pytest.mark.parametrize("base", ["float", "int8"])
+def test_averages_of_adapters_take_their_place_in_a_checkpoint(base):
+    config = Config(
+        model=MODEL,
+        mesh=MeshConfig(data=1),
+        optimizer=OptimizerConfig(lora_rank=2, lora_base=base),
+        train=TrainConfig(ema_decay=0.9, init="a run"),
+    )
+    state = init_state(config, make_mesh(config.mesh, jax.devices()[:1]))
+    mean = jax.tree.map(lambda x: x + 1, state.extras[averages.KEY])
+    found = split(flatten(state._replace(extras={averages.KEY: mean})))["ema"]
+    expected = flatten(averages.parameters(config, state.params, mean))
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(array), name)
+
+
+def test_records_tell_averages_from_weights(trained):
+    """Outputs of one are not continued with the other."""
+    _, workdir = trained
+    one, last, mean = (weights_of(workdir, which, 4) for which in ("best", "last", "ema"))
+    assert one == last != mean
+
+
+@pytest.mark.parametrize("load", [load_run, load_decoder, config_of, open_base])
+def test_a_model_of_another_format_has_no_averages(tmp_path, monkeypatch, load):
+    monkeypatch.setattr(foreign, "reader_of", lambda path: object())
+    with pytest.raises(ValueError, match="is not a run, and has no averages .* leave --checkpoint"):
+        load(tmp_path, "ema")
 
 
 def test_an_evaluation_also_tells_of_the_averages(trained):

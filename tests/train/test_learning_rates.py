@@ -123,7 +123,11 @@ def test_steps_of_a_ramp_follow_the_samples():
         ({"lr_decay_style": "constant", "lr_cycles": 2}, "lr_cycles=2 .* nothing to restart"),
         (
             {"lr_decay_style": "inverse_square_root", "warmup_samples": 0},
-            "the warm-up has no length; set optimizer.warmup_fraction above 0",
+            "warm-up / samples, and optimizer.warmup_samples=0, .* has no length; raise it",
+        ),
+        (
+            {"lr_decay_style": "inverse_square_root", "warmup_fraction": 0.004},
+            "warmup_fraction=0.004, a warm-up of 0 sequences, has no length; raise it",
         ),
         ({"wsd_decay_style": "cosine"}, "wsd_decay_style=cosine is for wsd, and .*=cosine; set"),
         ({"lr_decay_style": "WSD"}, "lr_decay_style='WSD'; choose one of cosine, linear"),

@@ -106,6 +106,28 @@ def test_a_length_that_changes_earlier_rates_is_refused(before, step, steps, wor
         assert float(learning_rate(longer, max(160, 4 * steps))) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(
+    ("before", "steps", "words"),
+    [
+        # 80 sequences of warm-up, in runs of 80 and of 84 sequences.
+        (of_style("constant", warmup_fraction=0.5), 20, "a warm-up of 80 .* within the 80 of"),
+        (of_style("wsd", warmup_fraction=0.5), 21, "a warm-up of 80 .* exceed the 84 of the curve"),
+    ],
+)
+def test_a_warmup_that_does_not_fit_a_shorter_run_is_refused(before, steps, words):
+    with pytest.raises(ValueError, match=f"and is {steps}, and the warm-up keeps .*{words}"):
+        resume(before, 3, f"train.steps={steps}")
+    assert resume(before, 3, "train.steps=30").optimizer.warmup_samples == 80
+
+
+@pytest.mark.parametrize("style", ["cosine", "linear"])
+def test_a_curve_of_fixed_length_grows_at_any_time(style):
+    """The warm-up, 15.36 sequences by its share, is whole ones."""
+    before = of_style(style, decay_samples=160)
+    longer = resume(before, 20, "train.steps=80")
+    np.testing.assert_array_equal(rates(longer, 20), rates(before, 20))
+
+
 @pytest.mark.parametrize("style", ["constant", "inverse_square_root"])
 def test_curves_without_an_end_grow_at_any_time(style):
     before = of_style(style)

@@ -220,11 +220,18 @@ def stored_and_read(tmp_path, before, after, opt_state):
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("int8", "int8"), ("float32", "int8"), ("int8", "bfloat16")]
+    ("before", "after", "offload"),
+    [
+        ("int8", "int8", "none"),
+        ("float32", "int8", "none"),
+        ("int8", "bfloat16", "none"),
+        ("float32", "int8", "moments"),
+    ],
 )
-def test_a_checkpoint_goes_on_with_any_type(tmp_path, before, after):
+def test_a_checkpoint_goes_on_with_any_type(tmp_path, before, after, offload):
     old = config_of(before, data=2, tensor=4)
     new = config_of(after, data=8)
+    new = dataclasses.replace(new, train=dataclasses.replace(new.train, offload=offload))
     saved = state_on(old)
     found = stored_and_read(tmp_path, old, new, saved)
     expected = saved

@@ -49,16 +49,14 @@ def _id_of_run(checkpoints: str) -> str:
 
 def restore_near(near: NearTier, candidate: Candidate, abstract_state: Any) -> tuple[Any, set[str]]:
     """Return the state of ``candidate`` with the structure and the shardings of ``abstract_state``,
-    and the parts of its extras that the copy lacks, which are 0.
+    and the parts of its extras that the copy lacks, which are 0. Moments may have been copied in
+    another type.
 
     All other copies are removed.
     """
     known = candidate.about["arrays"]
-    wanted = checkpoint_arrays.flatten(abstract_state)
-    # Moments may have been saved in another type.
-    opt_state = abstract_state.opt_state
-    shapes = checkpoint_arrays.shapes(wanted)
-    as_saved, convert = moments_dtype.conversion(opt_state, known, shapes)
+    wanted = checkpoint_arrays.shapes(checkpoint_arrays.flatten(abstract_state))
+    as_saved, convert = moments_dtype.conversion(abstract_state.opt_state, known, wanted)
     abstract_state = abstract_state._replace(opt_state=as_saved)
     flat = checkpoint_arrays.flatten(abstract_state)
     saved = {name: leaf for name, leaf in flat.items() if name in known}
@@ -68,4 +66,5 @@ def restore_near(near: NearTier, candidate: Candidate, abstract_state: Any) -> t
     near.go_on_from(candidate)
     leaves = [arrays[name] for name in flat]
     state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
-    return state._replace(opt_state=convert(state.opt_state)), extras.lacking(wanted, known)
+    state = state._replace(opt_state=convert(state.opt_state))
+    return state, extras.lacking(flat, known)

@@ -24,6 +24,7 @@ from mtnlg_jax.config import (
     validate,
 )
 from mtnlg_jax.parallel.mesh import make_mesh
+from mtnlg_jax.train import moments
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.near import agree, opening
 from mtnlg_jax.train.state import abstract_state
@@ -35,8 +36,12 @@ IDENTITY = {"tokenizer": "t1"}
 TRAIN = TrainConfig(near_every=2)
 
 
-def config_on(data: int, tensor: int, zero: int = 1) -> Config:
-    return Config(model=MODEL, mesh=MeshConfig(data=data, tensor=tensor, zero=zero))
+def config_on(data: int, tensor: int, zero: int = 1, moments_dtype="float32") -> Config:
+    return Config(
+        model=MODEL,
+        mesh=MeshConfig(data=data, tensor=tensor, zero=zero),
+        optimizer=OptimizerConfig(moments_dtype=moments_dtype),
+    )
 
 
 @pytest.fixture
@@ -45,10 +50,10 @@ def opened(tmp_path):
     at the end."""
     made = []
 
-    def open_on(data: int, tensor: int, zero: int = 1):
+    def open_on(data: int, tensor: int, zero: int = 1, moments_dtype="float32"):
         while made:
             made.pop().close()
-        config = config_on(data, tensor, zero)
+        config = config_on(data, tensor, zero, moments_dtype)
         mesh = make_mesh(config.mesh, jax.devices()[: data * tensor])
         abstract = abstract_state(config, mesh)
         train = dataclasses.replace(TRAIN, near_folder=str(tmp_path / "host"))
@@ -61,6 +66,10 @@ def opened(tmp_path):
     yield open_on
     for checkpoints in made:
         checkpoints.close()
+
+
+def shardings_of(tree):
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def bits(tree) -> list[bytes]:
@@ -95,7 +104,7 @@ def test_any_mesh_restores_any_copy(opened, data, tensor):
     step, state, meta = checkpoints.restore(abstract, IDENTITY)
     assert step == 6 and meta == meta_of(6)
     assert bits(state) == bits(state_of(6, abstract))
-    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, abstract)
+    assert shardings_of(state) == shardings_of(abstract)
     assert "goes on from the copy of step 6" in checkpoints.lines()[0]
     # Who deletes the run must know it.
     assert f"in {checkpoints.near.files.folder}: " in checkpoints.lines()[0]
@@ -146,6 +155,21 @@ def test_a_copy_is_restored_as_its_checkpoint_is(tmp_path, old, new, offload):
     assert bits(copy) == bits(checkpoint)
     places = [jax.tree.map(lambda x: x.sharding, each) for each in (copy, checkpoint, abstract)]
     assert places[0] == places[1] == places[2]
+
+
+@pytest.mark.parametrize(("before", "after"), [("bfloat16", "float32"), ("int8", "bfloat16")])
+def test_moments_may_have_another_type(opened, before, after):
+    checkpoints, abstract = opened(2, 2, moments_dtype=before)
+    # Not of `state_of`: second moments are not below 0.
+    ones = jax.tree.map(lambda leaf: jax.device_put(np.ones(leaf.shape, leaf.dtype)), abstract)
+    checkpoints.near.save(2, jax.device_put(ones, shardings_of(abstract)), meta_of(2))
+    checkpoints, wanted = opened(4, 1, moments_dtype=after)
+    state = checkpoints.restore(wanted, IDENTITY)[1]
+    assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, wanted)
+    assert shardings_of(state) == shardings_of(wanted)
+    expected = moments.encode(moments.decode(ones.opt_state), after, seed=0)
+    assert all(np.asarray(leaf, np.float32).all() for leaf in jax.tree.leaves(expected))
+    assert bits(state.opt_state) == bits(expected)
 
 
 def test_copies_outlive_the_arrays(opened):
