@@ -135,7 +135,8 @@ class Clock:
 
 
 def _is_busy(pending: tuple[int, Mapping[str, Any], int] | None) -> bool:
-    return pending is not None and not pending[1]["loss"].is_ready()
+    # A step whose batch is left out has no metrics, and the devices do nothing.
+    return pending is not None and bool(pending[1]) and not pending[1]["loss"].is_ready()
 
 
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -13,12 +13,13 @@ from etils import epath
 from planted_run import LENGTH, bad_batches, make_planted, planted_config, records_of
 
 from mtnlg_jax import storage
-from mtnlg_jax.config import MeshConfig, StageConfig
+from mtnlg_jax.config import Config, MeshConfig, StageConfig
 from mtnlg_jax.errors import Diverged, Preempted
 from mtnlg_jax.evaluate.why.run_why import Question, answer
 from mtnlg_jax.train import checkpoint_arrays, loop, manifest, spikes
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.metrics import MetricsLog, read_metrics
+from mtnlg_jax.train.trackers.following import Trackers
 
 SEED = 27
 SPIKE = 46  # the step that reads the bad document
@@ -376,12 +377,13 @@ def test_records_of_file_and_checkpoint_are_joined(tmp_path):
 
 
 def test_the_log_drops_steps_that_are_done_again(tmp_path):
-    log = MetricsLog(str(tmp_path), 0)
-    for step in range(1, 6):
-        log.write({"kind": "train", "step": step, "loss": float(step)})
-    log.drop_after(3)
-    log.write({"kind": "train", "step": 4, "loss": 40.0})
-    log.close()
+    with Trackers(Config(), str(tmp_path), 0, writing=True) as trackers:
+        log = MetricsLog(str(tmp_path), 0, trackers=trackers)
+        for step in range(1, 6):
+            log.write({"kind": "train", "step": step, "loss": float(step)})
+        log.drop_after(3)
+        log.write({"kind": "train", "step": 4, "loss": 40.0})
+        log.close()
     expected = {1: 1.0, 2: 2.0, 3: 3.0, 4: 40.0}
     assert {r["step"]: r["loss"] for r in read_metrics(log.path)} == expected
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
