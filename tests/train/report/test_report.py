@@ -154,6 +154,15 @@ def test_a_folder_without_a_run_is_refused(tmp_path, damage):
         build.write(str(tmp_path))
 
 
+def test_a_file_in_place_of_a_run_and_a_folder_in_place_of_a_page_are_refused(tmp_path):
+    run = folder_of(tmp_path / "run")
+    with pytest.raises(ValueError, match="metrics.jsonl is not the folder of a run"):
+        build.write(run, f"{run}/metrics.jsonl")
+    with pytest.raises(ValueError, match=r"run is a folder; name a file, such as .*/report.html"):
+        build.write(run, None, run)
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
 def test_a_long_run_is_drawn_as_means_with_a_band():
     points = [(number, 2.0 + (number % 2)) for number in range(1, 30_001)]
     (line,) = chart("loss", [Curve("loss", points)]).lines
