@@ -1,6 +1,7 @@
 """Runs with a planted bad batch: left out alike on every mesh and after every kill, and named."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from mtnlg_jax import storage
 from mtnlg_jax.config import Config, MeshConfig, StageConfig
 from mtnlg_jax.errors import Diverged, Preempted
 from mtnlg_jax.evaluate.why.run_why import Question, answer
-from mtnlg_jax.train import checkpoint_arrays, loop, manifest, spikes
+from mtnlg_jax.train import checkpoint_arrays, loop, manifest, metrics, spikes
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.metrics import MetricsLog, read_metrics
 from mtnlg_jax.train.trackers.following import Trackers
@@ -392,6 +393,26 @@ def test_the_log_drops_steps_that_are_done_again(tmp_path):
         for event in events_of(tmp_path / "tensorboard")
     ]
     assert 4 in purges
+
+
+def test_a_disk_that_is_full_while_steps_are_dropped_ends_nothing(tmp_path, monkeypatch, caplog):
+    log = MetricsLog(str(tmp_path), 0)
+    for step in range(1, 6):
+        log.write({"kind": "train", "step": step, "loss": float(step)})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(metrics.os, "fsync", full)
+    log.drop_after(3)
+    log.write({"kind": "train", "step": 4, "loss": 40.0})
+    later = MetricsLog(str(tmp_path), 5, writing=False)
+    assert len(later.records) == 5  # all or nothing
+    log.close()
+    assert "is behind" in caplog.text
+    monkeypatch.undo()
+    log.close()
+    assert [r["loss"] for r in read_metrics(log.path)] == [1.0, 2.0, 3.0, 40.0]
 
 
 def events_of(folder):
