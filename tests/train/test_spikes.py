@@ -264,7 +264,8 @@ def test_a_stop_at_the_spike_is_resumed_without_it(planted, rewound, tmp_path, m
 
     monkeypatch.setattr(loop, "batch_at", stopping)
     with pytest.raises(Preempted, match=f"after step {SPIKE}, a spike; the same command resumes"):
-        trained(planted, tmp_path, **REWIND)
+        trained(planted, tmp_path, profile_steps=(SPIKE, 60), **REWIND)
+    assert list(tmp_path.glob("profile/**/*.xplane.pb"))  # the window was closed
     monkeypatch.undo()
     trained(planted, tmp_path, **REWIND)
     # The spike was named with other parameters: those before the next step.
