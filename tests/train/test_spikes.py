@@ -17,6 +17,7 @@ from mtnlg_jax import storage
 from mtnlg_jax.config import Config, MeshConfig, StageConfig
 from mtnlg_jax.errors import Diverged, Preempted
 from mtnlg_jax.evaluate.why.run_why import Question, answer
+from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import checkpoint_arrays, loop, manifest, metrics, spikes
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.metrics import MetricsLog, read_metrics
@@ -179,6 +180,16 @@ def test_every_mesh_leaves_out_and_names_the_same(
     names = [(each["source"], each["document"]) for each in ours["spike", SPIKE]["documents"]]
     others = theirs["spike", SPIKE]["documents"]
     assert names[:2] == [(each["source"], each["document"]) for each in others][:2]
+
+
+@pytest.mark.slow
+def test_a_comparison_of_replicas_after_the_spike_keeps_it(planted, tmp_path, monkeypatch):
+    two = jax.devices()[:2]
+    monkeypatch.setattr(loop, "make_mesh", lambda mesh: make_mesh(mesh, two))
+    trained(planted, tmp_path, MeshConfig(data=2), verify_every=SPIKE + 1, **REWIND)
+    records = records_of(tmp_path)
+    assert ("replicas", SPIKE + 1) in records
+    assert records["spike", SPIKE]["back_to"] == 40 and ("train", SPIKE) not in records
 
 
 class Gone(Exception):
