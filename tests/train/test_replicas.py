@@ -220,7 +220,7 @@ def test_a_fault_ends_a_run_before_a_checkpoint_of_it(tmp_path, prepared, monkey
     records = read_metrics(str(run / "metrics.jsonl"))
     compared = [(each["step"], each["odd"]) for each in records if each["kind"] == KIND]
     assert compared == [(2, []), (3, []), (4, [2])]
-    checkpoints = open_checkpoints(config, str(run))
+    checkpoints = open_checkpoints(config, str(run), make_mesh(config.mesh))
     assert checkpoints.steps() == [2]
     # Such as one that a signal saved between two comparisons.
     assert checkpoints.distrust(1) is None
