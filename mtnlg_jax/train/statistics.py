@@ -82,7 +82,13 @@ class Statistics:
         return [self._programs[key].fingerprint for key in sorted(self._programs, key=str)]
 
     def before_step(
-        self, state: TrainState, step: int, samples: int, kind: int, scale: float, teacher: tuple
+        self,
+        state: TrainState,
+        step: int,
+        samples: int,
+        kind: int,
+        scale: np.float32,
+        teacher: tuple,
     ) -> None:
         """Start the statistics of ``step``, if they are due, which reads on after ``samples``.
 
