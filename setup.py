@@ -172,7 +172,7 @@ setup(
             "ipykernel",
             "datasketch>=1.6,<3",
             "gguf>=0.17,<1",
-            # The extras eval, privacy, serve and grammar.
+            # The extras eval, privacy, serve, grammar and wandb.
             "lm-eval>=0.4.13,<0.5",
             "dp-accounting>=0.6,<0.7",
             "starlette>=1,<2",
@@ -180,6 +180,7 @@ setup(
             "msgspec>=0.20,<1",
             "prometheus-client>=0.21,<1",
             "llguidance>=1.7,<2",
+            "wandb>=0.31,<1",
         ],
         # train.trackers: where a run shows its numbers beside TensorBoard.
         "wandb": ["wandb>=0.31,<1"],

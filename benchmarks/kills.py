@@ -37,6 +37,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = {"tokens_per_second", "mfu", "time"}  # of the clock, not of the run
+TIMES = ("goodput", "processes")  # records of nothing but the clock
 KINDS = ("SIGKILL", "SIGSTOP", "SIGTERM", "full disk", "truncated", "lost host")
 WEIGHTS = (35, 10, 20, 10, 15, 10)
 STEPS_A_FAULT = 10  # of the run: about 6 between two faults, 20 for a full disk
@@ -287,6 +288,7 @@ def numbers(workdir: Path) -> list[dict]:
     return [
         {key: value for key, value in record.items() if key not in MEASURED}
         for record in read_lines(workdir / "metrics.jsonl")
+        if record["kind"] not in TIMES
     ]
 
 
@@ -328,11 +330,16 @@ def main(argv=None) -> dict:
     return result
 
 
+def _shown(given: list[str]) -> list[str]:
+    """Return the flags without those that name places of this machine."""
+    return [flag for flag in given if not flag.startswith(("--output", "--keep", "--folder"))]
+
+
 def describe(args, faults, code, equal, seconds, kinds, steps) -> dict:
     restarted = [fault for fault in faults if "seconds_to_first_step" in fault]
     lost = [fault["lost_steps"] for fault in faults]
     return {
-        "command": " ".join(["python", "benchmarks/kills.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/kills.py", *_shown(sys.argv[1:])]),
         "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},

@@ -40,6 +40,7 @@ from absl import flags
 from mtnlg_jax import command, errors
 from mtnlg_jax.cli.processes.nodes import Nodes, fitted
 from mtnlg_jax.config import Config, load_config, map_paths, override, split_argument
+from mtnlg_jax.hardware import CHIPS
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
@@ -125,6 +126,7 @@ _KIND = flags.DEFINE_string(
 
 def main() -> int:
     _check_script()
+    _check_replan()
     here = _CLUSTER.value in ("local", "slurm")
     given = _flags_here() if here else _flags_of_a_host()
     if _FLAGS.value == "off":
@@ -208,6 +210,37 @@ def _check_script() -> None:
                 f"--argument={value!r} is not a flag of launch/{_SCRIPT.value}.py; write "
                 "--argument=--NAME=VALUE"
             )
+
+
+def _check_replan() -> None:
+    """Raise ValueError on flags of --replan that would do nothing, or only fail after a loss."""
+    anywhere = _CLUSTER.value
+    for flag, cluster in (
+        (_HEALTH, "local"),
+        (_STRIKES, "local"),
+        (_LEAST_NODES, "slurm"),
+        (_KIND, anywhere),
+    ):
+        if flag.present and not _REPLAN.value:
+            raise ValueError(f"--{flag.name} is for --replan; add that, or leave it out")
+        if flag.present and cluster != _CLUSTER.value:
+            raise ValueError(
+                f"--{flag.name} is for --cluster={cluster}, not --cluster={_CLUSTER.value}; leave "
+                "it out"
+            )
+    if not _REPLAN.value:
+        return
+    if not _trains():
+        raise ValueError(
+            f"--replan is for --script=pretrain, not --script={_SCRIPT.value}; leave it out"
+        )
+    if _CLUSTER.value == "tpu_pod":
+        raise ValueError(
+            "--replan has nothing to choose on --cluster=tpu_pod, whose chips work together or not "
+            "at all; leave it out, and give the mesh of another TPU (docs/recovery.md)"
+        )
+    if _KIND.value is not None and _KIND.value not in CHIPS:
+        raise ValueError(f"unknown --kind={_KIND.value}; choose one of {', '.join(CHIPS)}")
 
 
 def _flags_here() -> list[str]:

@@ -45,9 +45,11 @@ def replan(config: Config, devices: int, node: int, kind: str | None) -> tuple[i
         f"in nodes of {node:,}" if any(each % node == 0 for each in enough) else "in other nodes"
     )
     numbers = ", ".join(f"{each:,}" for each in enough)
+    every = config.train.verify_every
+    compared = f" and the replicas of train.verify_every={every:,}" if every else ""
     raise ValueError(
         f"no mesh of {devices:,} {what} in nodes of {node:,} takes train.global_batch_size="
-        f"{config.train.global_batch_size:,} of {config.name}; "
+        f"{config.train.global_batch_size:,}{compared} of {config.name}; "
         + (f"{numbers} of them would do, {where}" if enough else "more of them would not do either")
     )
 
@@ -68,8 +70,10 @@ def _best(job: Job, devices: int) -> Layout | None:
     if parts * max(1, model.moe.num_moe_experts or 1) % devices:
         return None
     # A run takes all devices of its processes, so a mesh that leaves some idle is none.
+    # train.verify_every compares replicas along data; a run without them is refused.
+    least = 2 if job.config.train.verify_every else 1
     found = (each.layout for each in search(job, devices))
-    return next((layout for layout in found if layout.devices == devices), None)
+    return next((each for each in found if each.devices == devices and each.data >= least), None)
 
 
 def _that_would_do(job: Job, devices: int, node: int) -> list[int]:

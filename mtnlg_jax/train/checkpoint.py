@@ -99,6 +99,11 @@ class Checkpoints:
         """
         return manifest.finished(self.folder)
 
+    def has_any(self) -> bool:
+        """Return whether there is a checkpoint, or a near copy on any host, whole or not."""
+        near = self.near is not None and any(gather(bool(self.near.files.copies())))
+        return near or bool(self.steps())
+
     def best_step(self) -> int | None:
         """Return the step with the lowest metric, the newest of equals; None without a metric."""
         return manifest.best(self.folder)

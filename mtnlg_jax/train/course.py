@@ -66,6 +66,8 @@ class Course:
         self.saver = Saver(self.checkpoints)
         self.vote = processes.PreemptionVote()
         self.best = self.checkpoints.best_metric()  # of earlier starts as well
+        # The last step that `report` has reported and `_goes_back` has not judged yet.
+        self._reported: tuple[int, dict] | None = None
         # It saves the newest state again, if the last save failed.
         self.save: Callable[[], None] | None = None
         self.state = state
@@ -88,6 +90,11 @@ class Course:
         sequences = batch_size_at(self.config.train, self.samples)
         self.after_step(self.spikes.pass_over(self.state, sequences), {}, sequences)
         return True
+
+    def report(self) -> None:
+        """Report the pending step, if there is one; `after_step` judges it."""
+        # A step that was reported before stays: nothing is pending behind it.
+        self._reported = self.reporter.report() or self._reported
 
     def after_step(self, state: TrainState, metrics: dict, sequences: int) -> None:
         """Take the result of the step that has just been started, and do what is due after it.
@@ -182,7 +189,9 @@ class Course:
 
     def _goes_back(self, stopping: bool = False) -> bool:
         """Report the pending step; if it was a spike, return to the last checkpoint and True."""
-        reported = self.reporter.report()
+        self.report()
+        reported = self._reported
+        self._reported = None
         if reported is None or not spikes.is_unusual(reported):
             return False
         self.watchdog.enter("spike")
@@ -211,6 +220,8 @@ class Course:
             with self.watchdog.clock.during("saving"):
                 near.save(self.done, self.state, self._meta({}))
             self.watchdog.clock.saved(self.done)
+            # A start that is killed has kept its steps up to this copy.
+            self.watching.record(self.done)
 
     def _evaluate(self) -> dict[str, float]:
         with self.watchdog.clock.during("evaluation"):

@@ -10,6 +10,7 @@ of its lowered text, the structure of its outputs, and the length and SHA-256 of
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,9 +61,14 @@ def exists(path: str) -> bool:
 def read(path: str) -> dict[str, Program]:
     """Return the programs of a file or a URL by name.
 
-    Nothing is unpickled or loaded here. Raises FileNotFoundError, and ValueError where the file is
-    foreign, truncated or damaged.
+    Nothing is unpickled or loaded here. Raises FileNotFoundError, and ValueError where it is a
+    folder, foreign, truncated or damaged.
     """
+    if not storage.is_remote(path) and os.path.isdir(path):
+        raise ValueError(
+            f"{path} is a folder; give a file of launch/compile_ahead.py --save=FILE, or "
+            f"--executable_folder={path}"
+        )
     folder, name = _split(path)
     content = storage.read_file(folder, name)
     if content is None:

@@ -5,6 +5,7 @@ decided it (`program_key`) is that of this run.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from jax.experimental import multihost_utils, serialize_executable
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config
+from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train import executable_file, processes
 from mtnlg_jax.train.executable_file import Program
 from mtnlg_jax.train.processes import fingerprint
@@ -149,11 +151,22 @@ class Executables:
     """The compiled steps of a run: those of a file, which must fit, or a folder that keeps them."""
 
     def __init__(self, file: str | None = None, folder: str | None = None) -> None:
-        """Raises ValueError if both are given, or if ``file`` is not whole."""
+        """Raises ValueError if both are given, if ``file`` is not whole, or if ``folder`` is not a
+        folder."""
         if file and folder:
             raise ValueError(
                 f"--executable={file} and --executable_folder={folder} exclude each other: the "
                 "file must fit, and the folder compiles what it lacks; leave one out"
+            )
+        if (
+            folder
+            and not is_remote(folder)
+            and os.path.exists(folder)
+            and not os.path.isdir(folder)
+        ):
+            raise ValueError(
+                f"--executable_folder={folder} is a file; name a folder, or give a file of "
+                "launch/compile_ahead.py --save=FILE as --executable"
             )
         self.file = file
         self.folder = folder

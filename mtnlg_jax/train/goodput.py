@@ -135,8 +135,8 @@ class Clock:
 
 
 def _is_busy(pending: tuple[int, Mapping[str, Any], int] | None) -> bool:
-    # A step whose batch is left out has no metrics, and the devices do nothing.
-    return pending is not None and bool(pending[1]) and not pending[1]["loss"].is_ready()
+    # A step whose batch is left out has no metrics.
+    return pending is not None and not all(x.is_ready() for x in pending[1].values())
 
 
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -40,7 +40,6 @@ FREE = {
     "data.masking.random_share",
     "optimizer.dp_accountant",
     "optimizer.dp_secret",
-    "optimizer.dp_source_rows",
     "train.init",
     "train.stages",
     "train.log_every",
@@ -84,6 +83,7 @@ _SETTINGS_OF_JAX = (
     "jax_default_matmul_precision",
     "jax_default_prng_impl",
     "jax_threefry_partitionable",
+    "jax_random_seed_offset",
     "jax_numpy_dtype_promotion",
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")

@@ -219,6 +219,7 @@ class ReplicaCheck:
         due = is_due(train, train.verify_every, done) or is_due(train, train.save_every, done)
         if not train.verify_every or not due:
             return
+        course.report()  # the previous step
         course.watchdog.enter("comparison of replicas")
         start = time.perf_counter()
         sums = self._sums(not is_masked(train, course.done))

@@ -60,3 +60,13 @@ def test_memory_is_a_limit_where_the_kind_of_chip_is_known():
         replan.replan(large, 8, 4, "H100")
     with pytest.raises(ValueError, match="unknown kind of chip 'H1'; choose one of"):
         replan.replan(large, 8, 4, "H1")
+
+
+def test_the_mesh_has_replicas_where_the_run_compares_them():
+    train = dataclasses.replace(CONFIG.train, verify_every=10, global_batch_size=2)
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(train, verify_every=0))
+    assert replan.replan(config, 6, 1, None)[1].data == 1
+    config = dataclasses.replace(CONFIG, train=train)
+    assert replan.replan(config, 6, 1, None)[1].data == 2
+    with pytest.raises(ValueError, match="and the replicas of train.verify_every=10 of small; 2,"):
+        replan.replan(config, 1, 1, None)

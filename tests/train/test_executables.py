@@ -64,7 +64,6 @@ OTHERS = {
     "data.masking.random_share": 0.2,
     "optimizer.dp_accountant": "rdp",
     "optimizer.dp_secret": "other",
-    "optimizer.dp_source_rows": 7,
     "train.init": "other",
     "train.stages": (StageConfig(name="other", learning_rate_scale=0.5),),
     "train.log_every": 7,
@@ -134,6 +133,8 @@ def test_free_settings_do_not_change_the_program_and_others_change_the_key():
     # All other settings are in the key.
     decisive = {name for name in names - FREE if not name.startswith("decode.")}
     assert decisive <= set(here)
+    # The rows of a unit of differential privacy are the divisor of its sums.
+    assert "optimizer.dp_source_rows" in here
     faster = override(CONFIG, "optimizer.learning_rate=2e-3")
     assert text_of(faster) != text_of(CONFIG)
     assert differences(here, here | key_of(faster, mesh)) == [
@@ -151,9 +152,15 @@ def test_other_devices_flags_and_code_change_the_key(monkeypatch):
     here = key_of(CONFIG, mesh)
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
     turned = make_mesh(MeshConfig(data=4), jax.devices()[3::-1])
-    found = differences(here, key_of(CONFIG, turned))
+    # It is added to train.seed where keys are made, which is in the step.
+    jax.config.update("jax_random_seed_offset", 3)
+    try:
+        found = differences(here, key_of(CONFIG, turned))
+    finally:
+        jax.config.update("jax_random_seed_offset", 0)
     assert 'flag --xla_cpu_enable_fast_math nothing there, "true" here' in found
     assert any(line.startswith("devices.order ") for line in found)
+    assert "jax_random_seed_offset 0 there, 3 here" in found
     # The number of simulated devices is not a flag of the compiler, in whatever way it is set.
     assert not any("device_count" in line for line in found)
     for name in ("jax", "jaxlib", "flax", "optax", "mtnlg_jax"):
@@ -203,6 +210,10 @@ def test_a_foreign_or_damaged_file_is_refused(tmp_path):
         executable_file.read(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="exclude each other"):
         Executables("a", "b")
+    with pytest.raises(ValueError, match="is a folder; give a file of launch/compile_ahead.py"):
+        Executables(file=str(tmp_path))
+    with pytest.raises(ValueError, match="--executable_folder=.*one.executable is a file"):
+        Executables(folder=str(path))
 
 
 class Untraced:

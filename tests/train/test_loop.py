@@ -61,7 +61,10 @@ def config_of(prepared, steps=6, **train):
         ),
         mesh=MeshConfig(data=1),
         data=DataConfig(path=prepared),
-        optimizer=OptimizerConfig(learning_rate=3e-3),
+        # A rate that does not follow the length of a run, so that runs may become longer.
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, warmup_fraction=0.0, lr_decay_style="constant"
+        ),
         train=TrainConfig(steps=steps, compute_dtype="float32", **train),
     )
 

@@ -17,8 +17,7 @@ from mtnlg_jax import storage
 from mtnlg_jax.config import Config, MeshConfig, StageConfig
 from mtnlg_jax.errors import Diverged, Preempted
 from mtnlg_jax.evaluate.why.run_why import Question, answer
-from mtnlg_jax.parallel.mesh import make_mesh
-from mtnlg_jax.train import checkpoint_arrays, loop, manifest, metrics, spikes
+from mtnlg_jax.train import checkpoint_arrays, loop, manifest, metrics, replicas, spikes
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.metrics import MetricsLog, read_metrics
 from mtnlg_jax.train.trackers.following import Trackers
@@ -149,6 +148,29 @@ def test_going_back_leaves_out_the_same_batch(planted, skipped, rewound):
     assert saved == json.loads(content) and saved["left_out"] == [[SPIKE, (SPIKE - 1) * 8]]
 
 
+def test_a_spike_before_a_comparison_of_replicas_is_judged(planted, tmp_path, monkeypatch):
+    """The comparison reports the step before it, before the run judges that."""
+    # One replica, whose bits are compared with its own.
+    monkeypatch.setattr(replicas, "check_mesh", lambda config, mesh: None)
+    trained(planted, tmp_path, verify_every=SPIKE + 1, **REWIND)
+    records = records_of(tmp_path)
+    assert ("replicas", SPIKE + 1) in records
+    assert records["spike", SPIKE]["back_to"] == 40 and ("train", SPIKE) not in records
+
+
+def test_going_back_to_a_near_copy_ends_in_the_same_state(planted, rewound, tmp_path):
+    near = tmp_path / "near"
+    run = tmp_path / "run"
+    found = trained(planted, run, near_every=1, near_folder=str(near), **REWIND)
+    records = records_of(run)
+    # To the newest copy: one is left out while the last one is still being written.
+    assert 20 < records["spike", SPIKE]["back_to"] < SPIKE and found.spikes == 1
+    assert same_state(run, rewound.workdir)
+    theirs = records_of(rewound.workdir, "train")
+    assert {key: records[key] for key in records if key[0] == "train"} == theirs
+    assert not list(near.rglob("*.*"))
+
+
 def meta_of(workdir, step=60):
     return manifest.read_record(epath.Path(workdir) / "checkpoints" / str(step))[0]["meta"]
 
@@ -180,16 +202,6 @@ def test_every_mesh_leaves_out_and_names_the_same(
     names = [(each["source"], each["document"]) for each in ours["spike", SPIKE]["documents"]]
     others = theirs["spike", SPIKE]["documents"]
     assert names[:2] == [(each["source"], each["document"]) for each in others][:2]
-
-
-@pytest.mark.slow
-def test_a_comparison_of_replicas_after_the_spike_keeps_it(planted, tmp_path, monkeypatch):
-    two = jax.devices()[:2]
-    monkeypatch.setattr(loop, "make_mesh", lambda mesh: make_mesh(mesh, two))
-    trained(planted, tmp_path, MeshConfig(data=2), verify_every=SPIKE + 1, **REWIND)
-    records = records_of(tmp_path)
-    assert ("replicas", SPIKE + 1) in records
-    assert records["spike", SPIKE]["back_to"] == 40 and ("train", SPIKE) not in records
 
 
 class Gone(Exception):

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from mtnlg_jax import storage
 from mtnlg_jax.config import TrainConfig
-from mtnlg_jax.train import checkpoint_arrays, extras, processes
+from mtnlg_jax.train import checkpoint_arrays, extras, moments_dtype, processes
 from mtnlg_jax.train.near.tier import NearTier
 from mtnlg_jax.train.near.whole import Candidate
 
@@ -53,8 +53,14 @@ def restore_near(near: NearTier, candidate: Candidate, abstract_state: Any) -> t
 
     All other copies are removed.
     """
-    flat = checkpoint_arrays.flatten(abstract_state)
     known = candidate.about["arrays"]
+    wanted = checkpoint_arrays.flatten(abstract_state)
+    # Moments may have been saved in another type.
+    opt_state = abstract_state.opt_state
+    shapes = checkpoint_arrays.shapes(wanted)
+    as_saved, convert = moments_dtype.conversion(opt_state, known, shapes)
+    abstract_state = abstract_state._replace(opt_state=as_saved)
+    flat = checkpoint_arrays.flatten(abstract_state)
     saved = {name: leaf for name, leaf in flat.items() if name in known}
     new = {name: leaf for name, leaf in flat.items() if name not in known}
     arrays = near.read(candidate, saved)
@@ -62,4 +68,4 @@ def restore_near(near: NearTier, candidate: Candidate, abstract_state: Any) -> t
     near.go_on_from(candidate)
     leaves = [arrays[name] for name in flat]
     state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
-    return state, extras.lacking(flat, known)
+    return state._replace(opt_state=convert(state.opt_state)), extras.lacking(wanted, known)

@@ -134,8 +134,8 @@ class NearTier:
         if self._peer_bytes:
             kept += f" and {size_of(self._peer_bytes)} for its peer"
         told = (
-            f"  near    every {self.every:,} steps in {self.folder}: a process writes {kept}, "
-            f"keeps {COPIES} copies, and holds {each} of host memory"
+            f"  near    every {self.every:,} steps in {self.files.folder}: a process writes "
+            f"{kept}, keeps {COPIES} copies, and holds {each} of host memory"
         )
         if not self._peers:
             reason = "data is within each process" if processes.several() else "one process"

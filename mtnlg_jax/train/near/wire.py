@@ -1,11 +1,13 @@
 """Shards on their way between the hosts of a run: over TCP, from host memory to host memory.
 
 Not over the devices: a copy takes many steps, and a collective would hold up the step behind it and
-need device memory for a second state. A random secret of the start keeps others out; data are as
-readable on the network as those of gloo and NCCL are.
+need device memory for a second state. A random secret of the start keeps others out: it comes
+first, and nothing of a stranger is read behind it. Data are as readable on the network as those of
+gloo and NCCL are.
 """
 
 import contextlib
+import hashlib
 import hmac
 import json
 import socket
@@ -20,6 +22,7 @@ from absl import logging
 from mtnlg_jax import compat
 
 TIMEOUT = 300  # seconds without a byte after which an exchange has failed; a sync may take some
+GREETING = 10  # seconds that the secret may take
 PIECE = 1 << 22  # bytes read at once
 _LENGTH = struct.Struct("!I")
 
@@ -34,14 +37,16 @@ class Server:
 
     def __init__(self, secret: str, take: Take, give: Give) -> None:
         class Handler(socketserver.StreamRequestHandler):
-            timeout = TIMEOUT
+            timeout = GREETING
 
             def handle(self) -> None:
                 # A peer that ends, or a stranger, must not print a stack trace here.
                 with contextlib.suppress(OSError, ValueError):
-                    request = _receive_header(self.rfile)
-                    if not hmac.compare_digest(str(request.pop("secret", "")), secret):
+                    key = _key(secret)
+                    if not hmac.compare_digest(b"".join(receive(self.rfile, len(key))), key):
                         return
+                    self.connection.settimeout(TIMEOUT)
+                    request = _receive_header(self.rfile)
                     if request.pop("kind", None) == "take":
                         parts = receive(self.rfile, request["bytes"])
                         _send_header(self.wfile, take(request, parts))
@@ -88,8 +93,8 @@ def send_copy(addresses: list[tuple[str, int]], secret: str, header: dict, parts
     """Send ``parts`` to a peer, and return its answer."""
     size = sum(len(part) for part in parts)
     with connected(addresses) as (reading, writing):
-        request = header | {"secret": secret, "kind": "take", "bytes": size}
-        _send_header(writing, request)
+        _write(writing, _key(secret))
+        _send_header(writing, header | {"kind": "take", "bytes": size})
         for part in parts:
             _write(writing, part)
         return _receive_header(reading)
@@ -98,9 +103,15 @@ def send_copy(addresses: list[tuple[str, int]], secret: str, header: dict, parts
 def fetch(addresses: list[tuple[str, int]], secret: str, header: dict) -> tuple[dict, bytes]:
     """Return the answer to a request, and the bytes that it names."""
     with connected(addresses) as (reading, writing):
-        _send_header(writing, header | {"secret": secret, "kind": "give"})
+        _write(writing, _key(secret))
+        _send_header(writing, header | {"kind": "give"})
         answer = _receive_header(reading)
         return answer, b"".join(receive(reading, answer["bytes"]))
+
+
+def _key(secret: str) -> bytes:
+    """Return the bytes with which a connection begins, as many for every secret."""
+    return hashlib.sha256(secret.encode()).digest()
 
 
 def receive(reading: Any, size: int) -> Iterator[bytes]:

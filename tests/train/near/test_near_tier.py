@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -13,7 +14,15 @@ import numpy as np
 import pytest
 from near_states import state_of
 
-from mtnlg_jax.config import Config, MeshConfig, ModelConfig, TrainConfig, to_json, validate
+from mtnlg_jax.config import (
+    Config,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    to_json,
+    validate,
+)
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.near import agree, opening
@@ -88,6 +97,55 @@ def test_any_mesh_restores_any_copy(opened, data, tensor):
     assert bits(state) == bits(state_of(6, abstract))
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, abstract)
     assert "goes on from the copy of step 6" in checkpoints.lines()[0]
+    # Who deletes the run must know it.
+    assert f"in {checkpoints.near.files.folder}: " in checkpoints.lines()[0]
+
+
+def held(data: int, tensor: int, zero: int, dtype: str, offload: str = "none", ema: float = 0.0):
+    """Return (train settings, mesh, abstract state) of a run with such moments and averages."""
+    config = config_on(data, tensor, zero)
+    config = dataclasses.replace(
+        config,
+        optimizer=OptimizerConfig(moments_dtype=dtype),
+        train=TrainConfig(near_every=2, offload=offload, ema_decay=ema, spike_policy="skip"),
+    )
+    mesh = make_mesh(config.mesh, jax.devices()[: data * tensor])
+    return config, mesh, abstract_state(config, mesh)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "offload"),
+    [
+        ("float32", "int8", "none"),
+        ("int8", "float32", "none"),
+        ("int8", "int8", "moments"),
+    ],
+)
+def test_a_copy_is_restored_as_its_checkpoint_is(tmp_path, old, new, offload):
+    """Averages, spikes, and moments of any type and in any memory, on another mesh."""
+
+    def opened(config, mesh, abstract, name, near):
+        folder = str(tmp_path / name / "checkpoints")
+        train = dataclasses.replace(config.train, near_folder=str(tmp_path / "host"))
+        make = functools.partial(opening.open_near, train, folder, abstract, mesh)
+        return contextlib.closing(Checkpoints(folder, near=make if near else None))
+
+    config, mesh, abstract = held(4, 2, 1, old, offload, ema=0.9)
+    state = state_of(2, abstract)
+    with opened(config, mesh, abstract, "near", True) as checkpoints:
+        save(checkpoints, abstract, 2)
+    with opened(config, mesh, abstract, "far", False) as checkpoints:
+        checkpoints.save(2, state, meta_of(2), wait=True)
+    config, mesh, abstract = held(2, 2, 3, new, offload, ema=0.9)
+    found = []
+    for name, near in (("near", True), ("far", False)):
+        with opened(config, mesh, abstract, name, near) as checkpoints:
+            found.append(checkpoints.restore(abstract, IDENTITY))
+            assert not checkpoints.lacking
+    (_, copy, _), (_, checkpoint, _) = found
+    assert bits(copy) == bits(checkpoint)
+    places = [jax.tree.map(lambda x: x.sharding, each) for each in (copy, checkpoint, abstract)]
+    assert places[0] == places[1] == places[2]
 
 
 def test_copies_outlive_the_arrays(opened):
@@ -95,6 +153,7 @@ def test_copies_outlive_the_arrays(opened):
     checkpoints, abstract = opened(2, 1)
     state = state_of(2, abstract)
     advance = jax.jit(lambda s: jax.tree.map(lambda a: a * 2 + 1, s), donate_argnums=0)
+    checkpoints.near.wait()
     checkpoints.near.save(2, state, meta_of(2))
     for _ in range(3):
         state = advance(state)
@@ -155,6 +214,21 @@ def test_a_copy_without_a_finite_loss_is_given_up(opened, tmp_path):
     assert checkpoints.give_up() is None and not files(tmp_path, ".json")
 
 
+def test_copies_after_the_last_comparison_are_distrusted(opened, tmp_path):
+    checkpoints, abstract = opened(2, 1)
+    checkpoints.save(2, state_of(2, abstract), meta_of(2), wait=True)
+    save(checkpoints, abstract, 4)
+    checkpoints.near.save(6, state_of(6, abstract), meta_of(6))  # perhaps on its way still
+    assert checkpoints.distrust(4) == 4
+    checkpoints, abstract = opened(2, 1)
+    assert checkpoints.restore(abstract, IDENTITY)[0] == 4  # also one of an earlier start
+    save(checkpoints, abstract, 6)
+    assert checkpoints.distrust(3) == 2
+    assert not files(tmp_path, ".json") and not files(tmp_path, ".data")
+    assert checkpoints.distrust(1) is None
+    assert (tmp_path / "run/checkpoints/2.suspect").is_dir()
+
+
 def test_a_copy_passes_the_checks_of_a_checkpoint(opened):
     checkpoints, abstract = opened(2, 1)
     save(checkpoints, abstract, 2)
@@ -199,6 +273,7 @@ def test_a_copied_run_folder_is_another_run(opened, tmp_path):
 def test_a_copy_every_step_is_never_left_out(opened, caplog):
     """The mark of the one before is not a reason."""
     checkpoints, abstract = opened(2, 1)
+    checkpoints.near.wait()
     for step in (1, 2, 3):
         checkpoints.prove()
         checkpoints.near.save(step, state_of(step, abstract), meta_of(step))
@@ -206,6 +281,14 @@ def test_a_copy_every_step_is_never_left_out(opened, caplog):
     assert not caplog.text
     checkpoints.near.wait()
     assert checkpoints.restore(abstract, IDENTITY)[0] == 3
+
+
+def test_a_run_with_a_near_copy_alone_is_not_fresh(opened, tmp_path):
+    """So it goes on where the run of train.init is gone."""
+    checkpoints, abstract = opened(2, 1)
+    assert not checkpoints.has_any()
+    save(checkpoints, abstract, 2)
+    assert not checkpoints.steps() and opened(2, 1)[0].has_any()
 
 
 def test_copies_go_once_the_run_is_saved(opened, tmp_path):
