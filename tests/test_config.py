@@ -125,7 +125,7 @@ def test_the_last_override_wins():
         ("data.blend=('a', 1)", ["'a' is str", "tuple[str, float]"]),
         ("data.blend=(('a', True),)", ["True is bool", "float"]),
         ("data.blend=(('a', 1, 2),)", ["tuple[str, float]"]),
-        ("decode.stop_strings=abc", ["'abc'", "tuple[str, ...]"]),
+        ("decode.stop_strings=abc", ["'abc'", "tuple[str, ...]; give ('abc',)"]),
         ("decode.stop_strings=('abc')", ["'abc' is str", "tuple[str, ...]"]),
         ("train.stages=causal", ["'causal'", "StageConfig"]),
         ("train.stages=('causal',)", ["'causal' is str", "StageConfig"]),

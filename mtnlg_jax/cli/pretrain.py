@@ -31,18 +31,13 @@ profiler instead.
 """
 
 import functools
-import shlex
-from typing import TYPE_CHECKING
 
 from absl import flags
 
 from mtnlg_jax import command
 from mtnlg_jax.cli.processes import several_processes
 from mtnlg_jax.cli.programs import executables
-from mtnlg_jax.cli.training import parts
-
-if TYPE_CHECKING:
-    from mtnlg_jax.train.reporter import Summary
+from mtnlg_jax.cli.training import parts, summary
 
 with command.flag_group("The run"):
     _CONFIG = command.define_path("config", None, "file of configs/, or a model", required=True)
@@ -74,7 +69,7 @@ def main() -> None:
     if _FLAGS.value == "on":
         xla_flags.set_flags(config.mesh, config.train.recompute)
     with processes.exit_on_failure():
-        summary = train(
+        result = train(
             config,
             _WORKDIR.value,
             _PROGRESS.value,
@@ -84,25 +79,7 @@ def main() -> None:
             samples=parts.samples_of(config),
         )
         if processes.is_first():
-            print(describe(summary))
-
-
-def describe(summary: "Summary") -> str:
-    """Return the text that is printed at the end of a run."""
-    run = shlex.quote(summary.workdir)
-    spikes = f", {summary.spikes} spikes left out" if summary.spikes else ""
-    results = "\n".join(filter(None, [summary.held_out, summary.scored, summary.time]))
-    return f"""
-{summary.parameters:,} parameters, {summary.steps:,} steps, {summary.tokens:,} tokens, \
-{summary.speed}, {summary.skipped} steps skipped{spikes}
-{results}
-  {run}/checkpoints    {summary.kept}
-  {run}/metrics.jsonl  every step
-  {run}/report.html    curves, time, samples and starts
-  {run}/loss.png       the losses; also in TensorBoard: pip install tensorboard, then
-                       tensorboard --logdir={run}/tensorboard
-next: python launch/generate.py --workdir={run} --prompt="Once upon a time"
-      python launch/evaluate.py --workdir={run} --input=FILE"""
+            print(summary.described(result))
 
 
 def run() -> None:

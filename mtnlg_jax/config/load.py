@@ -213,7 +213,10 @@ def _parse(text: str, kind, path: str):
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all it raises
         if isinstance(kind, types.UnionType) and str in kind.__args__:
             return text
-        raise ValueError(f"{path}={text!r} is not a value of type {kind_name(kind)}") from None
+        way_out = f"; give {(text,)!r}" if kind == tuple[str, ...] else ""
+        raise ValueError(
+            f"{path}={text!r} is not a value of type {kind_name(kind)}{way_out}"
+        ) from None
     return coerce(value, kind, path)
 
 

@@ -201,6 +201,7 @@ class Course:
             return False
         self.saver.finish(None)
         if stopping:
+            self.watching.finish(self.state, self.done)
             raise Preempted(
                 f"stopped by a signal after step {self.done}, a spike; the same command resumes "
                 "from the last checkpoint and leaves its batch out"

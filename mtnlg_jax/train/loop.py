@@ -136,23 +136,8 @@ def train(
         course.begin(first, state)
 
         while course.goes_on:
-            if course.leave_out():
-                continue
-            step = course.done
-            with watchdog.clock.batch(course.reporter.pending):
-                batch, micro_batches, sequences = batch_at(config, mesh, data, step, course.samples)
-            number, _, stage = stage_at(config.train, step)
-            kind, teacher = init_from.teacher_of(teachers, number)
-            run_step = steps[kind, is_masked(config.train, step)]
-            scale = np.float32(stage.learning_rate_scale)  # as compile_ahead.py gives it
-            # Before the step, which takes the state.
-            statistics.before_step(course.state, step, course.samples, kind, scale, teacher)
-            with watch.step(step, course.state):
-                state, metrics = run_step(
-                    course.state, batch, micro_batches, sequences, scale, *teacher
-                )
-            compare_replicas(state, batch)  # where it is due, before a checkpoint
-            course.after_step(state, metrics, int(sequences))  # reports, evaluates, saves
+            if not course.leave_out():
+                _step(course, mesh, steps, teachers, statistics, compare_replicas)
 
         course.finish()
         return _summary(workdir, course)
@@ -299,6 +284,31 @@ def _progress_bar(config: Config, first: int, show_progress: bool) -> tqdm:
     if first < config.train.steps:
         show(bar, ["compiling"])
     return bar
+
+
+def _step(
+    course: Course,
+    mesh: Mesh,
+    steps: dict[tuple[int, bool], CompiledStep],
+    teachers: init_from.Teachers,
+    statistics: Statistics,
+    compare_replicas: ReplicaCheck,
+) -> None:
+    """Start the next step, and do what is due after it."""
+    config = course.config
+    step = course.done
+    with course.watchdog.clock.batch(course.reporter.pending):
+        batch, micro_batches, sequences = batch_at(config, mesh, course.data, step, course.samples)
+    number, _, stage = stage_at(config.train, step)
+    kind, teacher = init_from.teacher_of(teachers, number)
+    run_step = steps[kind, is_masked(config.train, step)]
+    scale = np.float32(stage.learning_rate_scale)  # as compile_ahead.py gives it
+    # Before the step, which takes the state.
+    statistics.before_step(course.state, step, course.samples, kind, scale, teacher)
+    with course.watching.step(step, course.state):
+        state, metrics = run_step(course.state, batch, micro_batches, sequences, scale, *teacher)
+    compare_replicas(state, batch)  # where it is due, before a checkpoint
+    course.after_step(state, metrics, int(sequences))  # reports, evaluates, saves
 
 
 def _summary(workdir: str, course: Course) -> Summary:

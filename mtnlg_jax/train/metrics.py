@@ -162,8 +162,11 @@ class MetricsLog:
     def close(self) -> None:
         """Write what is left and close the file."""
         if self.writing:
-            with self._outlasting(), self._file:
-                self._write()
+            with self._outlasting():
+                try:
+                    self._write()
+                finally:
+                    self._file.close()  # it may be closed, where records could not be dropped
 
     def plot(self) -> None:
         """Draw loss.png beside the records, and stats.png where there are statistics."""

@@ -37,8 +37,8 @@ class Profiler:
         self._folder = os.path.join(workdir, FOLDER)
         self._requested = requested
         self._watchdog = watchdog
-        # The last step of the open window; None between windows.
-        self._last: int | None = None
+        # The steps of the open window; None between windows.
+        self._window: range | None = None
         self._steps = train.profile_steps if processes.is_first() else None
         self._windows = 0
         self._failed = False
@@ -50,16 +50,17 @@ class Profiler:
         ``before`` are results of the step before: an open window waits for them before it closes,
         since a step is dispatched ahead of the devices.
         """
-        if self._last is not None and number > self._last:
+        # After it, or before it again: a run that goes back must not record all of its way.
+        if self._window is not None and number not in self._window:
             self._close(before)
-        if self._last is None and not self._failed:
+        if self._window is None and not self._failed:
             self._open(number, before)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
 
     def close(self, before: Any) -> None:
         """Close a window that is still open when the run ends, after ``before``."""
-        if self._last is not None:
+        if self._window is not None:
             self._close(before)
 
     def _open(self, number: int, before: Any) -> None:
@@ -87,11 +88,11 @@ class Profiler:
             # Python's own calls would make the trace large, and the steps slow.
             options.python_tracer_level = 0
             jax.profiler.start_trace(folder, profiler_options=options)
-            self._last = last
+            self._window = range(number, last + 1)
             logging.info("the profiler records steps %d to %d into %s", number, last, folder)
 
     def _close(self, before: Any) -> None:
-        self._last = None
+        self._window = None
         self._requested.clear()  # signals that came while a window was open
         with self._recording("stop"):
             jax.block_until_ready(before)

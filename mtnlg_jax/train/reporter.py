@@ -278,6 +278,8 @@ class Reporter:
         """Go on after step ``first``: what came after it is undone."""
         self.pending = None
         self.nonfinite_streak = 0
+        if self.statistics is not None:
+            self.statistics.restart()
         self.meter.restart()
         self.log.drop_after(first)
         self.bar.update(first - self.bar.n)

@@ -60,8 +60,8 @@ class Statistics:
         self._data = data
         self._log = log
         self._pause = pause
-        # (step, results on the device, sequences)
-        self._pending: tuple[int, dict[str, Any], int] | None = None
+        # {step: (results on the device, sequences)}; a step is reported after the next one began
+        self._pending: dict[int, tuple[dict[str, Any], int]] = {}
         self._programs: dict[tuple, CompiledStep] = {}
         if not config.train.stats_every:
             return
@@ -82,7 +82,13 @@ class Statistics:
         return [self._programs[key].fingerprint for key in sorted(self._programs, key=str)]
 
     def before_step(
-        self, state: TrainState, step: int, samples: int, kind: int, scale: float, teacher: tuple
+        self,
+        state: TrainState,
+        step: int,
+        samples: int,
+        kind: int,
+        scale: np.float32,
+        teacher: tuple,
     ) -> None:
         """Start the statistics of ``step``, if they are due, which reads on after ``samples``.
 
@@ -111,16 +117,15 @@ class Statistics:
         batch, _ = put_rows(config, self._mesh, rows_of, 0, rows, most, flushes=False)
         read = self._programs["activations", masked]
         activations: Any = read(state.params, state.step, batch, jnp.int32(rows))
-        self._pending = (step, {"norms": norms, "activations": activations}, sequences)
+        self._pending[step] = ({"norms": norms, "activations": activations}, sequences)
         if self.fingerprints != before:
             self._pause()
 
     def report(self, step: int) -> None:
         """Write the record of ``step``, if it has statistics; this waits for them."""
-        if self._pending is None or self._pending[0] != step:
+        if step not in self._pending:
             return
-        _, found, sequences = self._pending
-        self._pending = None
+        found, sequences = self._pending.pop(step)
         train = self._config.train
         where = {
             "stage": stage_at(train, step)[2].name,
@@ -138,6 +143,10 @@ class Statistics:
             **self._noise_figures(noise, where, sequences),
         }
         self._log.write(_plain(record))
+
+    def restart(self) -> None:
+        """Forget what is not reported: the run goes back, and these steps are undone."""
+        self._pending.clear()
 
     def _noise_figures(self, noise: dict, where: dict[str, str], sequences: int) -> dict[str, Any]:
         first, second = (

@@ -93,12 +93,16 @@ def bad_batches(config):
 
 
 def records_of(workdir, *kinds):
-    """Return the records of metrics.jsonl by (kind, step), without measured times."""
+    """Return the records of metrics.jsonl by (kind, step), without measured times.
+
+    Without ``kinds`` those of times alone are left out.
+    """
     measured = ("tokens_per_second", "mfu", "time")
+    times = ("goodput", "processes")
     return {
         (record["kind"], record["step"]): {
             key: value for key, value in record.items() if key not in measured
         }
         for record in read_metrics(f"{workdir}/metrics.jsonl")
-        if not kinds or record["kind"] in kinds
+        if (record["kind"] in kinds if kinds else record["kind"] not in times)
     }

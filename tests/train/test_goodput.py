@@ -77,6 +77,7 @@ def test_a_failure_ends_its_class(passes):
     ("before", "waited"),
     [
         (None, 4.0),  # nothing runs
+        ((0, {}, 8), 4.0),  # nor where a batch was left out
         (pending(True, True), 4.0),
         (pending(False, False), 0.0),  # the step outlasts the batch
         (pending(False, True), 2.0),

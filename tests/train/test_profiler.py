@@ -56,6 +56,12 @@ def test_a_window_that_is_open_at_the_end_is_closed(tmp_path, traced):
     assert traced.count(("stop",)) == 1 and traced[-1] == ("stop",)
 
 
+def test_a_run_that_goes_back_before_a_window_closes_it(tmp_path, traced):
+    made, _ = profiler_of(tmp_path, profile_steps=(3, 9))
+    run(made, [3, 4, 5, 3, 4, 2, 3], traced)
+    assert traced[1:] == [3, 4, 5, 3, 4, ("stop",), 2, 3]
+
+
 def test_a_signal_opens_a_window_of_the_next_steps(tmp_path, traced):
     made, requested = profiler_of(tmp_path, profile_signal="SIGUSR1", profile_signal_steps=2)
     run(made, [1], traced)

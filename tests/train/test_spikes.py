@@ -1,6 +1,7 @@
 """Runs with a planted bad batch: left out alike on every mesh and after every kill, and named."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -13,12 +14,13 @@ from etils import epath
 from planted_run import LENGTH, bad_batches, make_planted, planted_config, records_of
 
 from mtnlg_jax import storage
-from mtnlg_jax.config import MeshConfig, StageConfig
+from mtnlg_jax.config import Config, MeshConfig, StageConfig
 from mtnlg_jax.errors import Diverged, Preempted
 from mtnlg_jax.evaluate.why.run_why import Question, answer
-from mtnlg_jax.train import checkpoint_arrays, loop, manifest, replicas, spikes
+from mtnlg_jax.train import checkpoint_arrays, loop, manifest, metrics, replicas, spikes
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.metrics import MetricsLog, read_metrics
+from mtnlg_jax.train.trackers.following import Trackers
 
 SEED = 27
 SPIKE = 46  # the step that reads the bad document
@@ -285,7 +287,8 @@ def test_a_stop_at_the_spike_is_resumed_without_it(planted, rewound, tmp_path, m
 
     monkeypatch.setattr(loop, "batch_at", stopping)
     with pytest.raises(Preempted, match=f"after step {SPIKE}, a spike; the same command resumes"):
-        trained(planted, tmp_path, **REWIND)
+        trained(planted, tmp_path, profile_steps=(SPIKE, 60), **REWIND)
+    assert list(tmp_path.glob("profile/**/*.xplane.pb"))  # the window was closed
     monkeypatch.undo()
     trained(planted, tmp_path, **REWIND)
     # The spike was named with other parameters: those before the next step.
@@ -399,12 +402,13 @@ def test_records_of_file_and_checkpoint_are_joined(tmp_path):
 
 
 def test_the_log_drops_steps_that_are_done_again(tmp_path):
-    log = MetricsLog(str(tmp_path), 0)
-    for step in range(1, 6):
-        log.write({"kind": "train", "step": step, "loss": float(step)})
-    log.drop_after(3)
-    log.write({"kind": "train", "step": 4, "loss": 40.0})
-    log.close()
+    with Trackers(Config(), str(tmp_path), 0, writing=True) as trackers:
+        log = MetricsLog(str(tmp_path), 0, trackers=trackers)
+        for step in range(1, 6):
+            log.write({"kind": "train", "step": step, "loss": float(step)})
+        log.drop_after(3)
+        log.write({"kind": "train", "step": 4, "loss": 40.0})
+        log.close()
     expected = {1: 1.0, 2: 2.0, 3: 3.0, 4: 40.0}
     assert {r["step"]: r["loss"] for r in read_metrics(log.path)} == expected
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
@@ -413,6 +417,26 @@ def test_the_log_drops_steps_that_are_done_again(tmp_path):
         for event in events_of(tmp_path / "tensorboard")
     ]
     assert 4 in purges
+
+
+def test_a_disk_that_is_full_while_steps_are_dropped_ends_nothing(tmp_path, monkeypatch, caplog):
+    log = MetricsLog(str(tmp_path), 0)
+    for step in range(1, 6):
+        log.write({"kind": "train", "step": step, "loss": float(step)})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(metrics.os, "fsync", full)
+    log.drop_after(3)
+    log.write({"kind": "train", "step": 4, "loss": 40.0})
+    later = MetricsLog(str(tmp_path), 5, writing=False)
+    assert len(later.records) == 5  # all or nothing
+    log.close()
+    assert "is behind" in caplog.text
+    monkeypatch.undo()
+    log.close()
+    assert [r["loss"] for r in read_metrics(log.path)] == [1.0, 2.0, 3.0, 40.0]
 
 
 def events_of(folder):

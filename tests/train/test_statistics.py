@@ -331,6 +331,11 @@ def test_a_run_records_statistics_and_its_losses_stay_the_same(prepared, tmp_pat
     assert not (tmp_path / "off/stats.png").exists()
 
 
+def test_every_step_can_have_statistics(prepared, tmp_path):
+    loop.train(run_config(prepared, 1, steps=4), str(tmp_path), False)
+    assert [record["step"] for record in records(tmp_path, "stats")] == [1, 2, 3, 4]
+
+
 def test_a_record_keeps_a_layer_without_a_number_as_null(tmp_path):
     log = loop.MetricsLog(str(tmp_path), 0)
     log.write({"kind": "stats", "step": 4, "x_by_layer": [1.0, None]})

@@ -18,8 +18,12 @@ def write(workdir: str, compare: str | None = None, output: str | None = None) -
     """Write the report of the run in ``workdir``, beside that of ``compare`` if that is given, and
     return its path: ``output``, or report.html in the folder of the run.
 
-    Raises ValueError where one of them is not the folder of a run.
+    Raises ValueError where one of them is not the folder of a run, or ``output`` is a folder.
     """
+    if output and os.path.isdir(output):
+        raise ValueError(
+            f"--output={output} is a folder; name a file, such as {os.path.join(output, NAME)}"
+        )
     run = read_run(workdir)
     other = read_run(compare) if compare else None
     path = output or os.path.join(workdir, NAME)

@@ -12,7 +12,8 @@ from mtnlg_jax.train.report.charts import Chart, Curve, chart
 from mtnlg_jax.train.report.files import RunFiles
 
 # Kinds with parts of their own on the page; the numbers of all others get a chart each.
-_KNOWN = {"train", "eval", "tasks", goodput.KIND, samples.KIND, stragglers.KIND, "spike"}
+_KNOWN = {"train", "eval", "tasks", goodput.KIND, samples.KIND, stragglers.KIND}
+_KNOWN |= {"spike", "left_out"}
 CLASS_COLORS = {
     "steps": "#009e73",
     "compile": "#0072b2",
@@ -79,7 +80,9 @@ def main_charts(runs: list[RunFiles]) -> list[Chart]:
 
 
 def _held_out(record: dict) -> dict[str, Any]:
-    return {f"{each} held out": record.get(f"{each}_loss") for each in OBJECTIVES}
+    keys = {f"{each} held out": f"{each}_loss" for each in OBJECTIVES}
+    keys |= {f"{name}, averaged weights": f"ema_{key}" for name, key in keys.items()}
+    return {name: record.get(key) for name, key in keys.items()}
 
 
 def _only(name: str) -> Callable[[dict], dict[str, Any]]:
@@ -215,18 +218,38 @@ def _evenly(texts: list, most: int) -> list:
     return [texts[round(number * (len(texts) - 1) / (most - 1))] for number in range(most)]
 
 
-def spikes_of(run: RunFiles) -> list[dict]:
-    """Return the records of spikes, without their kind and time; values that are lists or dicts
-    become text."""
-    return [
-        {name: _text(value) for name, value in record.items() if name not in ("kind", "time")}
-        for record in run.of_kind("spike")
-    ]
+class Spike(NamedTuple):
+    """A row of the table of spikes; ``documents`` are those that raised the loss most."""
+
+    step: int
+    objective: str
+    loss: str
+    grad_norm: str
+    did: str
+    documents: list[str]
 
 
-def _text(value: Any) -> Any:
-    if isinstance(value, dict):
-        return ", ".join(f"{name}: {_text(each)}" for name, each in value.items())
-    if isinstance(value, list):
-        return "; ".join(str(_text(each)) for each in value)
-    return f"{value:.5g}" if isinstance(value, float) else value
+def spikes_of(run: RunFiles, most: int = 3) -> list[Spike]:
+    """Return the spikes of a run, with at most ``most`` documents of each."""
+    found = []
+    for record in run.of_kind("spike"):
+        steps = record.get("left_out") or []
+        did = "its update was not applied"
+        if steps:
+            numbers = ", ".join(f"{step:,}" for step in steps)
+            did = f"went back to step {record.get('back_to', 0):,}, left out {numbers}"
+        documents = [
+            f"{each.get('source')} document {each.get('document')}, loss {_figure(each, 'loss')}"
+            for each in (record.get("documents") or [])[:most]
+        ]
+        name = training_loss(record)[0] or "loss"
+        loss = f"{_figure(record, name)} ({_figure(record, 'deviation_loss')})"
+        norm = f"{_figure(record, 'grad_norm')} ({_figure(record, 'deviation_grad_norm')})"
+        objective = str(record.get("objective", ""))
+        found.append(Spike(record["step"], objective, loss, norm, did, documents))
+    return found
+
+
+def _figure(record: dict, name: str) -> str:
+    value = record.get(name)
+    return f"{value:.4g}" if _is_number(value) else "not finite"

@@ -38,7 +38,7 @@ def read_run(workdir: str) -> RunFiles:
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{workdir} is not the folder of a run: {lacking(workdir, 'config.json')}; give the "
             "--workdir of launch/pretrain.py"

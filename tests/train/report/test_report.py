@@ -37,7 +37,7 @@ def goodput(number, start):
 
 RECORDS = [
     *map(step, range(1, 11)),
-    {"kind": "eval", "step": 5, "causal_loss": 1.25, "perplexity": 3.49},
+    {"kind": "eval", "step": 5, "causal_loss": 1.25, "perplexity": 3.49, "ema_causal_loss": 1.5},
     goodput(5, 0),
     {
         "kind": "samples",
@@ -49,9 +49,14 @@ RECORDS = [
         "kind": "spike",
         "step": 7,
         "loss": 91.5,
-        "deviations": 12.345,
-        "documents": [{"source": "books", "document": 3}],
+        "grad_norm": 4.5,
+        "deviation_loss": 12.345,
+        "deviation_grad_norm": None,
+        "left_out": [6, 7],
+        "back_to": 4,
+        "documents": [{"source": "books", "document": 3, "loss": 8.07}],
     },
+    {"kind": "left_out", "step": 6, "spike": 7},
     {
         "kind": "processes",
         "step": 5,
@@ -90,13 +95,16 @@ def test_the_page_shows_every_part_and_needs_nothing_from_elsewhere(tmp_path):
     page = (tmp_path / "run" / "report.html").read_text()
     for part in (
         "cross entropy, nats a token",
-        "causal held out",
+        "causal held out: ",
+        "causal held out, averaged weights: ",
         "norm of the gradient",
         "Where the time went",
         "start 2",
         "Spikes",
-        "12.345",
-        "source: books, document: 3",
+        "91.5 (12.35)",
+        "4.5 (not finite)",
+        "went back to step 4, left out 6, 7",
+        "books document 3, loss 8.07",
         "Samples through time",
         "stats: grad norm by layer",
         "median layer",
@@ -107,6 +115,7 @@ def test_the_page_shows_every_part_and_needs_nothing_from_elsewhere(tmp_path):
         "50.0% of the time since the first start",
     ):
         assert part in page, part
+    assert "left_out:" not in page
     # Nothing runs, nothing is loaded, and the model's words are words.
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
     for reference in ("http:", "https:", "src=", "href=", "@import", "url("):
@@ -143,6 +152,15 @@ def test_a_folder_without_a_run_is_refused(tmp_path, damage):
     message = "is damaged" if damage else "is not the folder of a run: it has no config.json"
     with pytest.raises(ValueError, match=message):
         build.write(str(tmp_path))
+
+
+def test_a_file_in_place_of_a_run_and_a_folder_in_place_of_a_page_are_refused(tmp_path):
+    run = folder_of(tmp_path / "run")
+    with pytest.raises(ValueError, match="metrics.jsonl is not the folder of a run"):
+        build.write(run, f"{run}/metrics.jsonl")
+    with pytest.raises(ValueError, match=r"run is a folder; name a file, such as .*/report.html"):
+        build.write(run, None, run)
+    assert not (tmp_path / "run" / "report.html").exists()
 
 
 def test_a_long_run_is_drawn_as_means_with_a_band():
