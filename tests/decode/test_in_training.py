@@ -13,6 +13,7 @@ from mtnlg_jax.config import (
     DecodeConfig,
     MeshConfig,
     ModelConfig,
+    OptimizerConfig,
     TrainConfig,
 )
 from mtnlg_jax.data.prepare import prepare
@@ -53,6 +54,8 @@ def config_of(prepared, mesh=None, **train):
         ),
         mesh=mesh or MeshConfig(data=1),
         data=DataConfig(path=prepared),
+        # A rate that does not follow the length of a run, which is made longer.
+        optimizer=OptimizerConfig(warmup_fraction=0.0, lr_decay_style="constant"),
         train=TrainConfig(**settings | train),
     )
 

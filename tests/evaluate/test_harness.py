@@ -150,7 +150,7 @@ def test_what_cannot_be_scored_or_followed_is_refused(models, folders):
         ({"max_length": "abc"}, "max_length=abc must be a whole number of at least 2"),
         ({"block_tokens": 0}, "block_tokens=0 must be a whole number of at least 1"),
         ({"add_bos_token": "maybe"}, "add_bos_token=maybe must be True or False"),
-        ({"checkpoint": "newest"}, "checkpoint=newest in --model_args is neither best nor last"),
+        ({"checkpoint": "newest"}, "checkpoint=newest in --model_args is none of best, last, ema"),
         ({"workdir": ""}, "names no model; give workdir=RUN"),
         ({"prefix_token_id": 999}, r"prefix_token_id=999 is outside .* 0 to"),
     ):

@@ -54,7 +54,7 @@ def _longhand(x, head, labels, weights, smoothing=0.0, z_coeff=0.0):
     d_head = np.zeros_like(head)
     for t in range(len(x)):
         logits = head @ x[t]
-        log_z = math.log(np.exp(logits).sum())
+        log_z = logits.max() + math.log(np.exp(logits - logits.max()).sum())
         logits = logits - logits.max()
         log_p = logits - math.log(np.exp(logits).sum())
         target = np.full(len(head), smoothing / len(head))

@@ -66,7 +66,7 @@ def test_a_start_describes_the_run(config, first, samples, words):
         "checkpoints/ every 25 steps",
     ):
         assert part in text, text
-    assert ("compiling" in text) == (first < 100)
+    assert ("preparing" in text) == (first < 100)
 
 
 def test_a_ramp_and_saves_at_the_end_are_described():
