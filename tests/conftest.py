@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 
 # Set before the first import of JAX, which reads both once. To test on an accelerator, set
 # JAX_PLATFORMS=cuda.
@@ -164,3 +166,27 @@ def described_tpus():
         return [_Tpu(kind, place[::-1]) for place in places]
 
     return describe
+
+
+@pytest.fixture
+def proving():
+    """Return `cli.proving.perform`, with its flags in place of those of the commands that were
+    imported before: they have some of the same names."""
+    prefix = "mtnlg_jax.cli."
+    kept = [
+        (module, flag)
+        for module, defined in flags.FLAGS.flags_by_module_dict().items()
+        if module.startswith(prefix)
+        for flag in defined
+        if flag.name in flags.FLAGS
+    ]
+    for _, flag in kept:
+        delattr(flags.FLAGS, flag.name)
+    yield importlib.import_module(prefix + "proving.perform")
+    for name in [name for name in sys.modules if name.startswith(prefix + "proving")]:
+        for flag in flags.FLAGS.get_flags_for_module(name):
+            delattr(flags.FLAGS, flag.name)
+        del sys.modules[name]
+    for module, flag in kept:
+        flags.FLAGS[flag.name] = flag
+        flags.FLAGS.register_flag_by_module(module, flag)

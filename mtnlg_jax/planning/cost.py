@@ -206,6 +206,7 @@ class Job:
         coming = max(0.0, of_moments.coming - (weights + inputs + kept + layer + head))
         parameters = {
             "masters": (8 if self.config.train.ema_decay else 4) * (blocks + rest),
+            "moments": 0.0,  # for its place among the others
             "weights": weights,
             "gradients": gradients,
         }

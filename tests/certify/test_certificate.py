@@ -18,7 +18,6 @@ from mtnlg_jax.certify.culprit import odd_specs
 from mtnlg_jax.certify.figures import STRICT, Figure, tensor_differences, types_of
 from mtnlg_jax.certify.inputs import write_data
 from mtnlg_jax.certify.shrink import small_copy
-from mtnlg_jax.cli.proving import perform
 from mtnlg_jax.config import Config, MeshConfig, ModelConfig, MoEConfig, StageConfig, TrainConfig
 from mtnlg_jax.parallel import collectives
 from mtnlg_jax.parallel import mesh as plan
@@ -183,16 +182,18 @@ def test_a_spec_that_no_program_can_run_is_named(monkeypatch):
     assert name == "blocks.mlp.w_out_FD" and "its dim F is not split" in problem and not others
 
 
-def test_the_command_exits_with_1_and_tells_the_tensor(sound, tmp_path, monkeypatch, capsys):
+def test_the_command_exits_with_1_and_tells_the_tensor(
+    proving, sound, tmp_path, monkeypatch, capsys
+):
     wrong = Figure(figures.GRADIENT, "tokens_VD", "data 8", "causal", "float32", 0.5, 2e-6)
     bad = dataclasses.replace(sound, figures=[*sound.figures, wrong])
     monkeypatch.setattr("mtnlg_jax.certify.certificate.certify", lambda *args: bad)
     flags.FLAGS.unparse_flags()
     with flagsaver.flagsaver():
         flags.FLAGS(["prove", "--config=a.py", f"--output={tmp_path / 'a.json'}"])
-        assert perform.perform(config_of()) == 1
+        assert proving.perform(config_of()) == 1
         monkeypatch.setattr("mtnlg_jax.certify.certificate.certify", lambda *args: sound)
-        assert perform.perform(config_of()) == 0
+        assert proving.perform(config_of()) == 0
     assert "gradient tokens_VD (causal, float32, data 8): 5.0e-01 is above 2.0e-06" in (
         capsys.readouterr().out
     )
@@ -200,13 +201,13 @@ def test_the_command_exits_with_1_and_tells_the_tensor(sound, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_the_command_names_a_planted_spec(tmp_path, monkeypatch, capsys):
+def test_the_command_names_a_planted_spec(proving, tmp_path, monkeypatch, capsys):
     plant_a_wrong_spec(monkeypatch)
     flags.FLAGS.unparse_flags()
     output = tmp_path / "a.json"
     with flagsaver.flagsaver():
         flags.FLAGS(["prove", "--config=a.py", "--devices=4", "--noprogress", f"--output={output}"])
-        assert perform.perform(config_of(tensor=4, data=4, zero=0)) == 1
+        assert proving.perform(config_of(tensor=4, data=4, zero=0)) == 1
     assert "look at positions_PD: its part of the plan is wrong" in capsys.readouterr().out
     told = json.loads(output.read_text())
     assert told["within"] is False and told["suspects"] == ["positions_PD"]

@@ -10,20 +10,19 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from mtnlg_jax.cli.proving import perform
 from mtnlg_jax.config import load_config, to_json
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = f"--config={ROOT / 'configs/tiny.py'}"
 
 
-def config_of(*given):
+def config_of(proving, *given):
     """Return the config that the command would prove with these flags."""
     with flagsaver.flagsaver():
         flags.FLAGS.unparse_flags()
         flags.FLAGS(["prove", *given])
-        perform.check_flags()
-        return perform.given_config()
+        proving.check_flags()
+        return proving.given_config()
 
 
 @pytest.mark.parametrize(
@@ -40,16 +39,16 @@ def config_of(*given):
         (("--config=nowhere.py",), "'nowhere.py' is not a file"),
     ],
 )
-def test_bad_input_is_told_before_any_work(given, words):
+def test_bad_input_is_told_before_any_work(proving, given, words):
     with pytest.raises((ValueError, OSError), match=words):
-        config_of(*given)
+        config_of(proving, *given)
 
 
-def test_a_run_is_proved_with_its_own_config(tmp_path):
+def test_a_run_is_proved_with_its_own_config(proving, tmp_path):
     config = load_config(str(ROOT / "configs/tiny.py"), ["mesh.tensor=2", "model.vocab_size=512"])
     (tmp_path / "config.json").write_text(to_json(config))
-    assert config_of(f"--workdir={tmp_path}") == config
-    assert config_of(f"--workdir={tmp_path}", "--set=mesh.zero=3").mesh.zero == 3
+    assert config_of(proving, f"--workdir={tmp_path}") == config
+    assert config_of(proving, f"--workdir={tmp_path}", "--set=mesh.zero=3").mesh.zero == 3
 
 
 @pytest.mark.slow  # tests/certify has the same in the process of the tests

@@ -121,10 +121,7 @@ class Full:
             raise OSError(errno.ENOSPC, "No space left on device")
         return self.file.write(data[:3])
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def close(self):
         self.file.close()
 
 
