@@ -148,6 +148,7 @@ def test_going_back_leaves_out_the_same_batch(planted, skipped, rewound):
     assert saved == json.loads(content) and saved["left_out"] == [[SPIKE, (SPIKE - 1) * 8]]
 
 
+@pytest.mark.slow
 def test_a_spike_before_a_comparison_of_replicas_is_judged(planted, tmp_path, monkeypatch):
     """The comparison reports the step before it, before the run judges that."""
     # One replica, whose bits are compared with its own.

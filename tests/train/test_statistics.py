@@ -331,6 +331,7 @@ def test_a_run_records_statistics_and_its_losses_stay_the_same(prepared, tmp_pat
     assert not (tmp_path / "off/stats.png").exists()
 
 
+@pytest.mark.slow
 def test_every_step_can_have_statistics(prepared, tmp_path):
     loop.train(run_config(prepared, 1, steps=4), str(tmp_path), False)
     assert [record["step"] for record in records(tmp_path, "stats")] == [1, 2, 3, 4]

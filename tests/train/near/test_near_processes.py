@@ -133,6 +133,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_one_process_restores_what_a_host_has_left_of_two(folder, monkeypatch):
     """`folder` also checks what the two processes do."""
     monkeypatch.setenv(command.HOST, "0")

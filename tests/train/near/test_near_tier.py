@@ -157,7 +157,10 @@ def test_a_copy_is_restored_as_its_checkpoint_is(tmp_path, old, new, offload):
     assert places[0] == places[1] == places[2]
 
 
-@pytest.mark.parametrize(("before", "after"), [("bfloat16", "float32"), ("int8", "bfloat16")])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("bfloat16", "float32"), pytest.param("int8", "bfloat16", marks=pytest.mark.slow)],
+)
 def test_moments_may_have_another_type(opened, before, after):
     checkpoints, abstract = opened(2, 2, moments_dtype=before)
     # Not of `state_of`: second moments are not below 0.
