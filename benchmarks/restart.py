@@ -33,7 +33,7 @@ from pathlib import Path
 
 from mtnlg_jax import __version__
 from mtnlg_jax.storage import write_file
-from mtnlg_jax.train.metrics import environment, read_metrics
+from mtnlg_jax.train.metrics import environment, read_metrics, training_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks/results/restart.json"
@@ -197,7 +197,7 @@ def start(command: list[str], root: Path, run: Path, way: str, after: int) -> di
     return {
         "seconds": round(found[0]["time"] - begin, 2),
         "ready": round(ready[0] - begin, 2),
-        "loss": found[0]["loss"],
+        "loss": training_loss(found[0])[1],
         "loaded": any("step: loaded from" in line for _, line in said),
     }
 
