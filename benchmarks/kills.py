@@ -35,6 +35,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from near_tier import prepare_data
+
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = {"tokens_per_second", "mfu", "time"}  # of the clock, not of the run
 TIMES = ("goodput", "processes")  # records of nothing but the clock
@@ -73,18 +75,6 @@ def small_disk(folder: Path):
     finally:
         if mounted:
             subprocess.run(["umount", str(folder)], check=False)
-
-
-def prepare_data(folder: Path) -> None:
-    from mtnlg_jax.data.prepare import prepare
-
-    words = random.Random(0)
-    texts = [
-        " ".join(words.choices("sun moon tree river stone bird wind road".split(), k=60))
-        for _ in range(400)
-    ]
-    (folder / "text.txt").write_text("\n\n".join(texts))
-    prepare(folder / "text.txt", folder / "data", vocab_size=280, heldout=0.1, progress=False)
 
 
 def command_of(args, folder: Path, name: str, steps: int) -> list[str]:

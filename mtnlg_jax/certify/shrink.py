@@ -24,34 +24,16 @@ from mtnlg_jax.config import (
 )
 from mtnlg_jax.config.samples import phases_of, samples_before
 from mtnlg_jax.parallel.mesh import local_shape, plan_table, row_shards
-from mtnlg_jax.train import lora
+from mtnlg_jax.train import changes, lora
 from mtnlg_jax.train.checkpoint import config_of
 
 STEPS = 4  # of the small run; its state is saved in the middle
 
-# Settings of what watches and keeps a run, which no gradient depends on.
-_WATCHING = (
-    "eval_tasks",
-    "eval_tasks_every",
-    "eval_tasks_rows",
-    "eval_tasks_fewshot",
-    "eval_tasks_data",
-    "spike_policy",
-    "spike_deviations",
-    "spike_window",
-    "spike_leave_out",
-    "stats_every",
-    "verify_every",
-    "near_every",
-    "near_folder",
-    "trackers",
-    "profile_steps",
-    "profile_signal",
-    "profile_signal_steps",
-    "sample_prompts",
-    "sample_every",
-    "sample_tokens",
-)
+# Settings of training that no gradient of the small copy depends on: what the host alone reads, and
+# the rule of spikes, which four steps are too few for.
+_SET_BACK = [
+    name.removeprefix("train.") for name in sorted(changes.HOST) if name.startswith("train.")
+] + ["spike_policy", "spike_deviations", "spike_window", "spike_leave_out"]
 
 
 class Copy(NamedTuple):
@@ -208,9 +190,9 @@ def _train(config: Config, parts: Parts, length: int) -> TrainConfig:
     ramp = (unit, unit, batch) if train.rampup_batch_size else None
     # Of one device's micro-batch more than one chunk is left, as in the large run.
     tokens = (micro or number) * length
-    changes = {name: getattr(TrainConfig, name) for name in _WATCHING}
+    set_back = {name: getattr(TrainConfig, name) for name in _SET_BACK}
     if not lora.used(config):
-        changes["init"] = ""
+        set_back["init"] = ""
     return dataclasses.replace(
         train,
         steps=STEPS,
@@ -219,8 +201,7 @@ def _train(config: Config, parts: Parts, length: int) -> TrainConfig:
         rampup_batch_size=ramp,
         stages=tuple(dataclasses.replace(stage, blend=()) for stage in train.stages),
         loss_chunk=3 * tokens // 4,
-        device_flops=None,
-        **changes,
+        **set_back,
     )
 
 

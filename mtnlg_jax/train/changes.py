@@ -135,16 +135,11 @@ REPORTED = {
 # These act when parameters are drawn, so they do nothing to a resumed run.
 START = {"model.init_method_std"}
 
-FREE = {
+# The host alone reads these: neither a step nor its program depends on them.
+HOST = {
     "name",
     "optimizer.dp_accountant",
     "model.vocab_size_divisible_by",
-    "model.vocab_padding",
-    "model.attention_impl",
-    "train.micro_batch_size",
-    "train.recompute",
-    "train.offload",
-    "train.loss_chunk",
     "train.log_every",
     "train.stats_every",
     "train.eval_every",
@@ -173,6 +168,15 @@ FREE = {
     "train.sample_every",
     "train.sample_tokens",
     "train.device_flops",
+}
+
+FREE = HOST | {
+    "model.vocab_padding",
+    "model.attention_impl",
+    "train.micro_batch_size",
+    "train.recompute",
+    "train.offload",
+    "train.loss_chunk",
 }
 FREE_SECTIONS = ("mesh", "decode")
 

@@ -280,13 +280,9 @@ def check_record(
     arrays = moments_dtype.in_float32(arrays)
     stored = moments_dtype.in_float32(record["arrays"])
     # Extras may be turned on and off: only those of both sides are compared.
-    both = stored.keys() & arrays.keys()
-    wanted = {
-        name: shape for name, shape in arrays.items() if name in both or not extras.part_of(name)
-    }
-    found = {
-        name: shape for name, shape in stored.items() if name in both or not extras.part_of(name)
-    }
+    one_sided = {name for name in stored.keys() ^ arrays.keys() if extras.part_of(name)}
+    wanted = {name: shape for name, shape in arrays.items() if name not in one_sided}
+    found = {name: shape for name, shape in stored.items() if name not in one_sided}
     if params_only:
         saved, given = _common(saved, identity), _common(identity, saved)
         wanted = {

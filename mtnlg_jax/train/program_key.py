@@ -24,13 +24,11 @@ from mtnlg_jax.train import changes, spike_rule
 from mtnlg_jax.train.processes import fingerprint
 from mtnlg_jax.train.schedule import samples_before
 
-# Settings that the host alone reads. All others decide the program, as far as is known here: a
+# Settings that decide no program. All others decide it, as far as is known here: a
 # setting that is missing below costs a compilation, and one too many would train wrongly. A test
 # compares the lowered programs. The stages decide by `program_options`.
-FREE = {
-    "name",
+FREE = changes.HOST | {
     "model.init_method_std",
-    "model.vocab_size_divisible_by",
     "data.path",
     "data.blend",
     "data.tokenizer",
@@ -38,40 +36,11 @@ FREE = {
     "data.masking.word_share",
     "data.masking.mask_share",
     "data.masking.random_share",
-    "optimizer.dp_accountant",
     "optimizer.dp_secret",
     "train.init",
     "train.stages",
-    "train.log_every",
-    "train.eval_every",
     "train.eval_batches",
-    "train.eval_tasks",
-    "train.eval_tasks_every",
-    "train.eval_tasks_rows",
-    "train.eval_tasks_fewshot",
-    "train.eval_tasks_data",
-    "train.save_every",
-    "train.keep_last",
-    "train.keep_best",
-    "train.max_bad_steps",
-    "train.watchdog_seconds",
-    "train.phase_seconds",
-    "train.heartbeat_seconds",
-    "train.compare_every",
-    "train.verify_every",
-    "train.stats_every",
     "train.spike_leave_out",
-    "train.near_every",
-    "train.near_folder",
-    "train.trackers",
-    "train.tracker_project",
-    "train.profile_steps",
-    "train.profile_signal",
-    "train.profile_signal_steps",
-    "train.sample_prompts",
-    "train.sample_every",
-    "train.sample_tokens",
-    "train.device_flops",
 }
 FREE_SECTIONS = ("decode",)
 
