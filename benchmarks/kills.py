@@ -3,7 +3,8 @@ compare it with one that was left alone.
 
     python benchmarks/kills.py [--faults=100] [--seed=0] [--output=benchmarks/results/kills.json]
 
-launch/cluster/launch.py runs it and starts it again. Each fault is one of
+launch/cluster/launch.py runs it and starts it again. Starts keep their compiled steps in a folder
+(--executable_folder) and load them from there. Each fault is one of
 
     SIGKILL      of a process, also while it starts
     SIGSTOP      of a process: the others must notice its silence, and the launcher ends it
@@ -99,6 +100,7 @@ def command_of(args, folder: Path, name: str, steps: int) -> list[str]:
         "--local_devices=4",
         f"--restarts={2 * args.faults + 10}",
         "--grace=4",
+        f"--argument=--executable_folder={folder / 'kept'}",
         f"--config={ROOT / 'configs/tiny.py'}",
         f"--workdir={folder / name}",
         *(f"--set={key}={value}" for key, value in settings.items()),

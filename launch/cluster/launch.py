@@ -499,7 +499,8 @@ def _follow(running: list[subprocess.Popen]) -> tuple[list[int], set[int]]:
         reader.start()
     failed = None
     killed: set[int] = set()
-    while any(process.poll() is None for process in running):
+    # A list, so that each is asked: the first may be stopped and never end by itself.
+    while None in [process.poll() for process in running]:
         time.sleep(0.1)
         if failed is None and any(process.returncode for process in running):
             failed = time.monotonic()

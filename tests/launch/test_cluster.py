@@ -448,7 +448,7 @@ def test_a_home_folder_is_expanded_on_the_hosts():
 
 # Replaces launch/pretrain.py beside a copy of launch.py. It prints its folder and its arguments,
 # and does what the file "orders" lists: a line for each start, with a word for each process, which
-# is its exit code or "wait" for a signal.
+# is its exit code, "wait" for a signal, or "stop", which no signal but SIGKILL ends.
 STAND_IN = """
 import os, signal, sys, time
 from mtnlg_jax import command
@@ -468,6 +468,8 @@ with open(starts, "a") as file:
 number = len(open(starts).readlines()) - 1
 order = open(os.path.join(here, "orders")).read().splitlines()[number].split()[int(me)]
 print("started", order, flush=True)
+if order == "stop":
+    os.kill(os.getpid(), signal.SIGSTOP)
 while order == "wait" and not heard:
     time.sleep(0.01)
 with command.lasting_output():
@@ -559,6 +561,15 @@ def test_a_failure_that_may_pass_is_restarted(stand_in, tmp_path, orders, code, 
     # Relative paths mean the folder in which the command was typed.
     assert lines[0].split()[1] == str(tmp_path / "typed")
     assert "--workdir=myrun --set=data.path=../data --noprogress" in lines[0]
+
+
+@pytest.mark.parametrize("orders", ["stop 6", "6 stop"])
+def test_a_stopped_process_is_killed_after_the_failure_of_another(stand_in, tmp_path, orders):
+    process = stand_in(f"{orders}\n0 0\n", "--grace=1")
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, output
+    assert str([137 if order == "stop" else 6 for order in orders.split()]) in output
+    assert len((tmp_path / "starts-0").read_text().splitlines()) == 2
 
 
 def test_a_run_goes_on_with_fewer_nodes_and_then_with_all(stand_in, tmp_path):
