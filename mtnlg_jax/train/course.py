@@ -75,6 +75,10 @@ class Course:
         self.samples = int(state.samples)  # data order, batch ramp and learning rate follow them
         self.spikes.begin(first)
         self.watching.begin(self.log, state, first)
+        near = self.checkpoints.near
+        if near and near.goes_on_from_earlier:
+            # The failure may have cost a host or files of that copy, and the next one the rest.
+            near.save(first, state, self._meta({}))
         self._catch_up()
         self.over = self.enough(self.log.evaluations())
 

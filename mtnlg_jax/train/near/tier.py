@@ -152,6 +152,11 @@ class NearTier:
         """Return whether a copy is due after step ``done``."""
         return done % self.every == 0
 
+    @property
+    def goes_on_from_earlier(self) -> bool:
+        """Return whether the newest copy is of an earlier start."""
+        return self._latest is not None and self._latest.start != self._start
+
     def save(self, step: int, state: Any, meta: dict) -> None:
         """Copy ``state`` (a `TrainState`) to the host, and return; the rest is in the background.
 
