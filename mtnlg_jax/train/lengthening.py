@@ -7,6 +7,7 @@ The warm-up keeps its length in samples.
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 
 from mtnlg_jax.config import Config
@@ -88,8 +89,9 @@ def refuse_other_rates(before: Config, step: int, samples: int, config: Config) 
     # By samples: earlier starts may have had other batches, and so other steps.
     points = max(1, min(step, _POINTS))
     read = np.linspace(samples / points, samples, points).round()
+    given = jnp.asarray(read, jnp.float32)
     rates = [
-        np.asarray(learning_rate(one, read, _total(one, step, samples)), np.float64)
+        np.asarray(learning_rate(one, given, _total(one, step, samples)), np.float64)
         for one in (before, longer)
     ]
     apart = np.abs(rates[1] - rates[0])
