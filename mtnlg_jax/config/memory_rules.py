@@ -12,7 +12,8 @@ LEAST_BLOCKS = 8
 
 
 def width_block(width: int) -> int:
-    """Return the numbers of a block along an MLP's ``width``: a power of two, or 0 if none fits.
+    """Return the numbers of a block along an MLP's ``width``: the largest power of two up to
+    MOST_BLOCK that divides an eighth of it, or 0 if that is below LEAST_BLOCK.
 
     It depends on the width alone, so that blocks are the same on every mesh.
     """
@@ -54,13 +55,23 @@ def offloads_activations(config: Config) -> bool:
 def check_memory(config: Config) -> None:
     """Raise ValueError if moments_dtype or offload does not go with the rest of ``config``."""
     check_rules(_RULES, config)
-    if config.optimizer.moments_dtype == "int8":
-        width = config.model.mlp_width
-        blocks = width // width_block(width)
-        must_divide(
-            f"model.ffn_hidden_size={width}, in blocks of {width_block(width)} for "
-            "optimizer.moments_dtype=int8,",
-            blocks,
-            "mesh.tensor",
-            config.mesh.tensor,
-        )
+    if config.optimizer.moments_dtype != "int8":
+        return
+    for key, width in (
+        ("ffn_hidden_size", config.model.mlp_width),
+        ("moe.moe_shared_expert_intermediate_size", _shared_width(config)),
+    ):
+        block = width_block(width)
+        # Moments of a shared expert without blocks stay float32.
+        if block:
+            must_divide(
+                f"model.{key}={width}, in blocks of {block} for optimizer.moments_dtype=int8,",
+                width // block,
+                "mesh.tensor",
+                config.mesh.tensor,
+            )
+
+
+def _shared_width(config: Config) -> int:
+    moe = config.model.moe
+    return moe.moe_shared_expert_intermediate_size if moe.num_moe_experts else 0

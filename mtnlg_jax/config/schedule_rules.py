@@ -40,7 +40,7 @@ def check_schedule(config: Config, total: int | None = None) -> None:
         why = f"is for wsd, and optimizer.lr_decay_style={optimizer.lr_decay_style}; set that"
         refuse_changed(optimizer, ("wsd_decay_style", "wsd_decay_fraction"), why, "optimizer.")
     total = samples_before(config.train, config.train.steps) if total is None else total
-    warmup, _, cycle, decay = phases_of(optimizer, total)
+    warmup, end, cycle, decay = phases_of(optimizer, total)
     warmup_text = f"{_warmup(optimizer)}, a warm-up of {warmup:.12g} sequences,"
     if warmup >= total:
         raise ValueError(
@@ -53,6 +53,15 @@ def check_schedule(config: Config, total: int | None = None) -> None:
         raise ValueError(
             "optimizer.lr_decay_style=inverse_square_root falls with the square root of "
             f"warm-up / samples, and {warmup_text} has no length; raise it"
+        )
+    # A step that ends a cycle is at the floor: of two or more, another one is above it.
+    batch = config.train.global_batch_size
+    if optimizer.lr_cycles > 1 and cycle < 2 * batch:
+        length = "train.steps" if optimizer.decay_samples is None else "optimizer.decay_samples"
+        raise ValueError(
+            f"optimizer.lr_cycles={optimizer.lr_cycles} gives each cycle {cycle:.12g} sequences, "
+            f"and one takes two batches ({2 * batch}, by train.global_batch_size={batch}) or more; "
+            f"set it to {max(1, int(end / (2 * batch)))} or less, or raise {length}"
         )
     what = f"the {cycle:.12g} of {_cycle(optimizer)}"
     if optimizer.lr_decay_style != "wsd":

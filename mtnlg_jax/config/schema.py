@@ -210,7 +210,7 @@ class TrainConfig:
     max_bad_steps: Count = 5
     # What a spike does, a step whose loss or gradient norm is far above those before it; docs/
     # spikes.md. skip: its update is not applied. rewind: the run goes back to its last checkpoint
-    # and leaves the batch out, at most max_bad_steps times to one checkpoint.
+    # and leaves the batch out, at most max_bad_steps times to the same parameters.
     spike_policy: Literal["none", "skip", "rewind"] = "none"
     # A spike is further above the median than this number of robust standard deviations.
     spike_deviations: Positive = 6.0

@@ -22,14 +22,6 @@ _RULES: Rules = (
         "{c.train.save_every}: the last checkpoint has trained on the first of these batches; "
         "lower it, or raise train.save_every",
     ),
-    (
-        lambda c: (
-            c.train.spike_policy == "rewind" and 0 < c.train.near_every < c.train.spike_leave_out
-        ),
-        "train.spike_leave_out={c.train.spike_leave_out} is more than train.near_every="
-        "{c.train.near_every}: the last copy has trained on the first of these batches; lower it, "
-        "or raise train.near_every",
-    ),
 )
 
 

@@ -210,6 +210,7 @@ class Course:
                 f"stopped by a signal after step {self.done}, a spike; the same command resumes "
                 "from the last checkpoint and leaves its batch out"
             )
+        spikes.drop_near(self.workdir, self.checkpoints.near)
         # Its memory is for the state that is restored.
         jax.tree.map(lambda array: array.delete(), self.state)
         first, state = self.restore()

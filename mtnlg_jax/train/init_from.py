@@ -44,6 +44,8 @@ _FREE = (
 _FREE_OF_MOE = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate")
 # Added to the experts' settings later: left out where they are off.
 _ADDED_TO_MOE = ("moe_router_enable_expert_bias",)
+# Settings whose None stands for what other settings say. Another value than that changes a shape.
+_DERIVED = ("num_query_groups", "kv_channels", "ffn_hidden_size", "vocab_size", "bias")
 # Runs of version 0.2 do not record these.
 _ADDED = (
     "rotary_percent rope_scaling norm_placement qk_layernorm parallel_residual embedding_norm bias "
@@ -287,8 +289,10 @@ def _refuse_other_model(what: str, theirs: ModelConfig, ours: ModelConfig) -> No
                 f"{what}: parameter {name} is {_shape(found.get(name))} there and "
                 f"{_shape(wanted.get(name))} in this config; {way_out}"
             )
-    # None is a width derived from the others; had it another value, a shape would differ above.
-    effective = [key for key in differing if old[key] is not None and new[key] is not None]
+    # No shape differs, so where one side derives the setting, both mean the same.
+    effective = [
+        key for key in differing if key not in _DERIVED or None not in (old[key], new[key])
+    ]
     if effective:
         key = effective[0]
         raise ValueError(

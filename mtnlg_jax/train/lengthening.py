@@ -13,7 +13,7 @@ import numpy as np
 from mtnlg_jax.config import Config
 from mtnlg_jax.config.samples import phases_of
 from mtnlg_jax.config.schedule_rules import check_schedule
-from mtnlg_jax.train.schedule import learning_rate, samples_at_end, samples_before
+from mtnlg_jax.train.schedule import learning_rate, samples_at_end
 
 # Settings of the curve. Who changes one wants another curve, which is reported.
 _CURVE = (
@@ -25,13 +25,13 @@ _CURVE = (
     "wsd_decay_fraction",
     "lr_cycles",
 )
-_STEPS = 256  # of those done, spread evenly, are compared
+_POINTS = 256  # of the samples read, spread evenly, are compared
 _TOLERANCE = 3e-7  # relative; float32 rounds a rate that did not change
 
 
 def kept_warmup(before: Config, step: int, samples: int, config: Config) -> Config:
     """Return ``config`` with the warm-up of ``before``, that of the checkpoint of ``step``, in
-    samples, if train.steps differs or an earlier start kept it.
+    samples, if another train.steps makes the run longer or shorter, or if an earlier start kept it.
 
     ``samples``: sequences read so far.
     """
@@ -42,23 +42,31 @@ def kept_warmup(before: Config, step: int, samples: int, config: Config) -> Conf
         return config
     warmup = old.warmup_samples
     if warmup is None and before.train.steps != config.train.steps:
-        warmup = round(phases_of(old, _total(before, step, samples)).warmup)
+        total = _total(before, step, samples)
+        # The same share of the same samples is the same warm-up.
+        if total != _total(config, step, samples):
+            warmup = round(phases_of(old, total).warmup)
     return dataclasses.replace(config, optimizer=dataclasses.replace(new, warmup_samples=warmup))
 
 
 def refuse_kept_warmup(before: Config, step: int, samples: int, config: Config) -> None:
-    """Raise ValueError if the warm-up that `kept_warmup` keeps does not fit the train.steps of
-    ``config``."""
-    if before.train.steps == config.train.steps:
-        return
+    """Raise ValueError if the warm-up that `kept_warmup` keeps does not fit the train.steps or the
+    curve of ``config``."""
     kept = kept_warmup(before, step, samples, config)
+    reasons = []
+    if before.train.steps != config.train.steps:
+        reasons.append(
+            f"train.steps was {before.train.steps} up to checkpoint {step} and is "
+            f"{config.train.steps}"
+        )
+    if kept != config:
+        reasons.append(f"the warm-up keeps the length that it has in checkpoint {step}")
+    if not reasons:
+        return
     try:
         check_schedule(kept, _total(kept, step, samples))
     except ValueError as error:
-        raise ValueError(
-            f"train.steps was {before.train.steps} up to checkpoint {step} and is "
-            f"{config.train.steps}, and the warm-up keeps its length: {error}"
-        ) from error
+        raise ValueError(f"{', and '.join(reasons)}: {error}") from error
 
 
 def refuse_other_rates(before: Config, step: int, samples: int, config: Config) -> None:
@@ -70,13 +78,20 @@ def refuse_other_rates(before: Config, step: int, samples: int, config: Config) 
     same_curve = all(getattr(old, key) == getattr(new, key) for key in _CURVE)
     if before.train.steps == config.train.steps or not (same_warmup and same_curve):
         return
-    # Only the length differs: other changes are reported.
-    train = dataclasses.replace(before.train, steps=config.train.steps)
+    # Only the length differs, in samples: other changes are reported.
+    train = dataclasses.replace(
+        before.train,
+        steps=config.train.steps,
+        global_batch_size=config.train.global_batch_size,
+        rampup_batch_size=config.train.rampup_batch_size,
+    )
     longer = kept_warmup(before, step, samples, dataclasses.replace(before, train=train))
-    done = np.unique(np.linspace(1, step, _STEPS).round().astype(int))
-    read = jnp.array([min(samples, samples_before(before.train, int(each))) for each in done])
+    # By samples: earlier starts may have had other batches, and so other steps.
+    points = max(1, min(step, _POINTS))
+    read = np.linspace(samples / points, samples, points).round()
+    given = jnp.asarray(read, jnp.float32)
     rates = [
-        np.asarray(learning_rate(one, read, _total(one, step, samples)), np.float64)
+        np.asarray(learning_rate(one, given, _total(one, step, samples)), np.float64)
         for one in (before, longer)
     ]
     apart = np.abs(rates[1] - rates[0])
@@ -90,10 +105,10 @@ def refuse_other_rates(before: Config, step: int, samples: int, config: Config) 
         why = "the decay of optimizer.lr_decay_style=wsd has begun"
     raise ValueError(
         f"train.steps was {before.train.steps} up to checkpoint {step} and is "
-        f"{config.train.steps}: {why}, so step {done[worst]} would have had a learning rate of "
-        f"{rates[1][worst]:.3g} instead of {rates[0][worst]:.3g}; set optimizer.decay_samples="
-        f"{round(end)} to keep the curve, or to more for another one from here on, or start from "
-        "this run by --init in another --workdir"
+        f"{config.train.steps}: {why}, so the learning rate after {read[worst]:.0f} sequences "
+        f"would have been {rates[1][worst]:.3g} instead of {rates[0][worst]:.3g}; set "
+        f"optimizer.decay_samples={round(end)} to keep the curve, or to more for another one from "
+        "here on, or start from this run by --init in another --workdir"
     )
 
 

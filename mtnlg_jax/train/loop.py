@@ -27,6 +27,7 @@ from mtnlg_jax.train import (
     processes,
     replicas,
     spike_rule,
+    spikes,
     watching,
 )
 from mtnlg_jax.train.checkpoint import Checkpoints
@@ -91,6 +92,7 @@ def train(
         executables.check(config, mesh)
         score = tasks.start(config, mesh, data.tokenizer) if tasks else None
         checkpoints = resources.enter_context(closing(open_checkpoints(config, workdir, mesh)))
+        spikes.drop_near(workdir, checkpoints.near)
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.has_any())
         watch = watching.Watching(config, mesh, data.tokenizer, workdir, samples, watchdog, stop)
         teachers = init_from.load_teachers(config, mesh)

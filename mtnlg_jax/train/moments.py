@@ -22,8 +22,8 @@ one above 0 never becomes 0: no first moment is divided by eps alone. Rounding i
 second moment, not in its root. Neighboring codes of the roots differ by less than a factor of 2.75,
 which bounds how much larger their rounding can make an update.
 
-A block is a head (H), or a power of two up to 128 along the MLP's width, at most an eighth of it:
-no mesh that divides these widths splits a block (`config.memory_rules`).
+A block is a head (H), or along an MLP's width the largest power of two up to 128 that divides an
+eighth of it: no mesh that divides these widths splits a block (`config.memory_rules`).
 """
 
 # Shapes: in names of parameters L layers, D width, F MLP width, N query heads, K key/value heads,
@@ -191,8 +191,11 @@ def to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
 
 def blocks_of(moment: Moment, shape: tuple[int, ...]) -> tuple[int, int] | None:
     """Return (the dim that is split into blocks, the numbers of a block); None where the moment has
-    none and stays float32: tables, routers and whatever is not a matrix of a block."""
+    none and stays float32: tables, routers, and matrices with neither heads nor an MLP's width."""
     if not is_quantized(moment.parameter.rsplit(".", 1)[-1]):
+        return None
+    # The gate of a shared expert, and the patch encoder and projector of a prefix.
+    if not set("HF") & set(moment.dims):
         return None
     axis = _block_axis(moment.dims)
     block = shape[axis] if moment.dims[axis] == "H" else width_block(shape[axis])

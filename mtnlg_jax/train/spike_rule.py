@@ -167,9 +167,11 @@ def _kinds(config: Config) -> list[int]:
         if key in ("data.blend", "train.label_smoothing", "model.dropout_rate")
         or key.startswith("data.masking.")
     }
+    # Teachers by position as well; 0 is none.
+    teachers = list(dict.fromkeys(["", *(stage["distill"] for stage in settings["train.stages"])]))
     found = []
     for stage in settings["train.stages"]:
-        teacher = bool(stage["distill"])
+        teacher = teachers.index(stage["distill"])
         own = [stage["blend"], teacher, stage["distill_temperature"], stage["distill_weight"]]
         text = json.dumps([common, own], sort_keys=True)
         # Positive, and never the 0 of a new history.

@@ -4,11 +4,13 @@
 train.spike_policy=rewind the run goes back to its last checkpoint as well, and does not train on
 the batch of the spike when it comes there again. Which batches it leaves out decides its steps. So
 they are on disk before the run goes back, in RUN/spikes.jsonl, and in the meta of every later
-checkpoint.
+checkpoint. Batches before that of the spike are left out as far as the checkpoint, so for these the
+run goes back to a far one: a near copy is left out where a disk is slow.
 """
 
 import json
 import math
+import sys
 from collections import deque
 from typing import Any
 
@@ -24,6 +26,7 @@ from mtnlg_jax.errors import Diverged
 from mtnlg_jax.train import processes, spike_rule
 from mtnlg_jax.train.inputs import Data
 from mtnlg_jax.train.metrics import MetricsLog, training_loss
+from mtnlg_jax.train.near.tier import NearTier
 from mtnlg_jax.train.schedule import is_masked, loss_name, stage_at
 from mtnlg_jax.train.state import TrainState
 from mtnlg_jax.train.step_batch import StepBatch
@@ -32,6 +35,7 @@ from mtnlg_jax.train.token_losses import make_token_losses
 FILE = "spikes.jsonl"
 KIND = "spike"  # of its records in metrics.jsonl
 LEFT_OUT = "left_out"  # the kind of records of further batches that are left out
+_RECENT = "recent_batches"  # in the meta of a checkpoint
 SHOWN = 8  # documents of a spike
 
 
@@ -58,19 +62,30 @@ class Spikes:
         self._log = log
         self._records = processes.run_on_first(lambda: recorded(workdir, meta or {}))
         self._left_out = left_out(self._records)
-        # (step, samples before it) of the last steps. The newest may not be reported yet.
-        self._recent: deque[tuple[int, int]] = deque(maxlen=config.train.spike_leave_out + 1)
+        # (step, samples before it) of the last steps. The newest may not be reported yet. After a
+        # start from a near copy, those between the far checkpoint and it may be left out.
+        self._recent: deque[tuple[int, int]] = deque(
+            [(step, samples) for step, samples in (meta or {}).get(_RECENT, [])],
+            maxlen=config.train.spike_leave_out + 1,
+        )
         self._token_losses: dict[bool, Any] = {}  # by whether a step is causal
         self._going_back = False
+        # Of this start: the steps that it has passed over, and (trained steps at the state to which
+        # it went back, the spike).
+        self._passed: set[int] = set()
+        self._returns: list[tuple[int, int]] = []
 
     @property
     def meta(self) -> dict[str, list]:
-        """Return the entry of a checkpoint's meta."""
-        return {"spikes": self._records} if self._records else {}
+        """Return the entries of a checkpoint's meta."""
+        train = self._config.train
+        several = train.spike_policy == "rewind" and train.spike_leave_out > 1
+        recent = {_RECENT: [list(pair) for pair in self._recent]} if several else {}
+        return recent | ({"spikes": self._records} if self._records else {})
 
     def begin(self, first: int) -> None:
-        """Go on after step ``first``. Raise Diverged if the run went back there too often."""
-        self._recent.clear()
+        """Go on after step ``first``. Raise Diverged if this start went back to that state too
+        often."""
         waiting = [record for record in self._records if record["back_to"] is None]
         for record in waiting:
             # Also after a kill that came before the run had gone back.
@@ -81,16 +96,25 @@ class Spikes:
         if waiting:
             self._write()
         self._left_out = left_out(self._records)
-        times = sum(record["back_to"] == first for record in self._records)
-        if self._going_back and times > self._config.train.max_bad_steps:
-            steps = ", ".join(str(r["step"]) for r in self._records if r["back_to"] == first)
+        if self._going_back:
+            self._going_back = False
+            self._recent.clear()
+            self._count_return(first, self._records[-1]["step"])
+
+    def _count_return(self, first: int, spike: int) -> None:
+        # A step that is passed over trains nothing: checkpoints before and after it have the same
+        # parameters, so a return to the one is a return to the other.
+        trained = first - sum(step <= first for step in self._passed)
+        self._returns.append((trained, spike))
+        spiked = [step for state, step in self._returns if state == trained]
+        most = self._config.train.max_bad_steps
+        if len(spiked) > most:
             raise Diverged(
-                f"the run went back to step {first} {times} times, for spikes at steps {steps} "
-                f"(train.max_bad_steps={self._config.train.max_bad_steps}): it is not a few bad "
-                f"batches. Lower optimizer.learning_rate, raise train.spike_deviations, or set "
-                "train.spike_policy=none, then run again"
+                f"the run went back to the parameters of step {first} {len(spiked)} times, for "
+                f"spikes at steps {', '.join(map(str, spiked))} (train.max_bad_steps={most}): it "
+                "is not a few bad batches. Lower optimizer.learning_rate, raise "
+                "train.spike_deviations, or set train.spike_policy=none, then run again"
             )
-        self._going_back = False
 
     def note(self, step: int, samples: int) -> None:
         """Note that the step from ``step`` done ones on was started after ``samples``."""
@@ -103,6 +127,7 @@ class Spikes:
     def pass_over(self, state: TrainState, sequences: int) -> TrainState:
         """Return ``state`` after a step whose batch is left out: only its counters advance."""
         step = int(state.step) + 1
+        self._passed.add(step)
         is_spike = any(record["step"] == step for record in self._records)
         return pass_over(state, sequences, is_spike)
 
@@ -178,6 +203,17 @@ class Spikes:
         processes.run_on_first(lambda: storage.write_file(self._workdir, FILE, content.encode()))
 
 
+def drop_near(workdir: str, near: NearTier | None) -> None:
+    """Remove the near copies of a run that waits to go back to a far checkpoint. Every process
+    calls it before a restore."""
+    if near is not None and processes.run_on_first(lambda: _waits_for_far(recorded(workdir, {}))):
+        near.drop(sys.maxsize)
+
+
+def _waits_for_far(records: list[dict[str, Any]]) -> bool:
+    return any(each["back_to"] is None and len(each["left_out"]) > 1 for each in records)
+
+
 def is_unusual(reported: tuple[int, dict]) -> bool:
     """Return whether a reported step is a spike, or has no figures, since its batch is left out."""
     values = reported[1]
@@ -197,7 +233,8 @@ def recorded(workdir: str, meta: dict) -> list[dict[str, Any]]:
             record = json.loads(line)
             own = {"step": int(record["step"]), "back_to": record["back_to"]}
             own["left_out"] = [[int(step), int(samples)] for step, samples in record["left_out"]]
-        except (ValueError, KeyError, TypeError):
+            own["left_out"][-1]  # the spike's
+        except (ValueError, KeyError, TypeError, IndexError):
             raise ValueError(
                 f"{workdir}/{FILE}: line {number} is not the record of a spike; restore a good "
                 "copy, or delete the file, and the run leaves out what its checkpoint names"

@@ -7,9 +7,11 @@ import pytest
 
 from mtnlg_jax.config import load_config
 from mtnlg_jax.hardware import CHIPS
+from mtnlg_jax.parallel.mesh import AXES
 from mtnlg_jax.planning import suggest
 from mtnlg_jax.planning.cost import Job
 from mtnlg_jax.planning.layout import layout_of
+from mtnlg_jax.planning.moments import moments_of
 from mtnlg_jax.planning.tensor_table import tensor_table
 from mtnlg_jax.planning.topology import parse
 
@@ -47,6 +49,25 @@ def test_moments_cross_the_link_twice_a_step():
     assert eighth["host"] < 0.3 * seconds["host"]
 
 
+EXPERTS = ["model.moe.num_moe_experts=8", "model.moe.moe_shared_expert_intermediate_size=192"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [*EXPERTS, "model.moe.moe_shared_expert_gate=True"],
+        ["model.prefix.image_size=64", "model.prefix.width=512"],
+    ],
+    ids=["experts", "prefix"],
+)
+def test_matrices_without_blocks_are_counted(settings):
+    whole, packed = (
+        moments_of(config(*settings, f"optimizer.moments_dtype={dtype}"), dict.fromkeys(AXES, 1), 0)
+        for dtype in ("float32", "int8")
+    )
+    assert packed.device < 0.3 * whole.device
+
+
 def test_activations_cost_time_only_beyond_the_products():
     few = job("train.offload=activations", "train.recompute=full")
     assert few[0].seconds(few[1])[0]["host"] == 0
@@ -76,6 +97,10 @@ def test_the_table_of_tensors_names_types_and_the_host():
         (
             ["model.ffn_hidden_size=16448", "mesh.tensor=16", "mesh.data=1"],
             "ffn_hidden_size=16448, in blocks of 8 .*=2056 is not divisible by mesh.tensor=16",
+        ),
+        (
+            [*EXPERTS, "mesh.tensor=16", "mesh.data=1"],
+            "shared_expert_intermediate_size=192, in blocks of 8 .*=24 is not divisible by mesh.te",
         ),
         (
             ["optimizer.lora_rank=8", "train.init=runs/other"],

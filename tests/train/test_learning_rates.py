@@ -118,6 +118,15 @@ def test_steps_of_a_ramp_follow_the_samples():
             {"lr_decay_style": "linear", "lr_cycles": 4, "warmup_fraction": 0.25},
             "a warm-up of 25 sequences, leaves nothing of the 25 of each of optimizer.lr_cycles=4",
         ),
+        (
+            {"lr_cycles": 13},
+            "lr_cycles=13 gives each cycle 7.692.* sequences, and one takes two batches .8, by "
+            "train.global_batch_size=4. or more; set it to 12 or less, or raise train.steps",
+        ),
+        (
+            {"lr_cycles": 2_000_000_000, "decay_samples": 100},
+            "set it to 12 or less, or raise optimizer.decay_samples",
+        ),
         ({"warmup_fraction": 0.5, "decay_fraction": 0.4}, "decay_fraction=0.4 is outside .0.5, "),
         (WSD | {"decay_fraction": 1.5}, "decay_fraction=1.5 .* end before its decay does; set it"),
         ({"lr_decay_style": "constant", "lr_cycles": 2}, "lr_cycles=2 .* nothing to restart"),

@@ -40,9 +40,9 @@ def of_style(style, **settings):
     return dataclasses.replace(WSD, optimizer=dataclasses.replace(WSD.optimizer, **settings))
 
 
-def resume(before, step, *settings):
+def resume(before, step, *settings, samples=None):
     """Return the config with which a run resumes from the checkpoint of ``step``, or raise."""
-    samples = samples_before(before.train, step)
+    samples = samples_before(before.train, step) if samples is None else samples
     meta = {"config": json.loads(to_json(before)), "samples": samples}
     config = override(before, *settings)
     changes.refuse_changes(meta, step, False, config)
@@ -81,17 +81,22 @@ def test_the_ramp_of_a_wsd_run_grows_with_it():
     ("before", "step", "steps", "words"),
     [
         # 31 x 4 = 124, 4 of 40 sequences down: 2 x 2^-0.1 - 1 = 0.8661 of the way to 0.1.
-        (WSD, 31, 80, "the decay of .*=wsd has begun, so step 31 .* rate of 1 instead of 0.879;"),
-        (WSD, 40, 80, "step 40 .* rate of 1 instead of 0.1; set optimizer.decay_samples=160 to"),
+        (
+            WSD,
+            31,
+            80,
+            "the decay of .*=wsd has begun, .* 124 sequences .* been 1 instead of 0.879;",
+        ),
+        (WSD, 40, 80, "after 160 seq.* been 1 instead of 0.1; set optimizer.decay_samples=160 to"),
         # The decay of 32 steps would have begun after 24.
-        (WSD, 30, 32, "train.steps was 40 up to checkpoint 30 and is 32: the decay of .* step 30 "),
+        (WSD, 30, 32, "train.steps was 40 up to checkpoint 30 and is 32: the decay of .* 120 seq"),
         # 80 of 160 sequences: 65 / 145 of the decay in place of 65 / 305.
-        (of_style("linear"), 20, 80, "so step 20 .* of 0.808 instead of 0.597; set .*_samples=160"),
-        (of_style("linear"), 20, 39, "follows the length of the run, so step 20"),
-        (of_style("cosine"), 20, 80, "lr_decay_style=cosine follows the length of the run, so ste"),
+        (of_style("linear"), 20, 80, "after 80 .* been 0.808 instead of 0.597; set .*_samples=160"),
+        (of_style("linear"), 20, 39, "follows the length of the run, so .* after 80 sequences"),
+        (of_style("cosine"), 20, 80, "lr_decay_style=cosine follows the length of the run, so the"),
         (of_style("cosine"), 40, 41, "or start from this run by --init in another --workdir"),
-        (of_style("linear", lr_cycles=2), 10, 80, "follows the length of the run, so step 10"),
-        (of_style("wsd", lr_cycles=4), 30, 80, "wsd has begun, so step"),
+        (of_style("linear", lr_cycles=2), 10, 80, "follows the length of the run, so .* after 40 "),
+        (of_style("wsd", lr_cycles=4), 30, 80, "wsd has begun, so the learning rate after"),
     ],
 )
 def test_a_length_that_changes_earlier_rates_is_refused(before, step, steps, words):
@@ -118,6 +123,39 @@ def test_a_warmup_that_does_not_fit_a_shorter_run_is_refused(before, steps, word
     with pytest.raises(ValueError, match=f"and is {steps}, and the warm-up keeps .*{words}"):
         resume(before, 3, f"train.steps={steps}")
     assert resume(before, 3, "train.steps=30").optimizer.warmup_samples == 80
+
+
+def test_a_warmup_that_was_kept_is_checked_with_another_curve():
+    # An earlier start made the run shorter: 80 + 30 of 120 sequences.
+    before = of_style("wsd", warmup_fraction=0.5, warmup_samples=80, wsd_decay_fraction=0.25)
+    before = override(before, "train.steps=30")
+    given = ("optimizer.warmup_samples=None", "optimizer.wsd_decay_fraction=")
+    assert resume(before, 3, given[0], given[1] + "0.3").optimizer.warmup_samples == 80
+    words = (
+        "^the warm-up keeps the length that it has in checkpoint 3: .* of 80 .* exceed the 120 of"
+    )
+    with pytest.raises(ValueError, match=words):
+        resume(before, 3, given[0], given[1] + "0.4")
+
+
+@pytest.mark.parametrize("style", ["cosine", "linear", "wsd"])
+def test_other_batches_with_the_same_samples_are_no_other_length(style):
+    half = ("train.steps=60", "train.global_batch_size=2")  # 80 sequences by 4, 80 by 2
+    found = resume(of_style(style), 20, *half)
+    assert found.optimizer.warmup_samples is None
+    # As many by a ramp.
+    ramp = ("train.micro_batch_size=1", "train.rampup_batch_size=(2, 2, 120)", "train.steps=50")
+    assert resume(of_style(style), 20, *ramp).optimizer.warmup_samples is None
+    with pytest.raises(ValueError, match="has begun|follows the length"):
+        resume(of_style(style), 20, "train.steps=22", "train.global_batch_size=2")
+
+
+def test_a_decay_that_began_after_larger_batches_is_seen():
+    # 30 steps of 4, then of 1: 125 of 160 sequences after 35 steps, and the decay began at 120.
+    before = override(WSD, "train.global_batch_size=1", "train.steps=70")
+    assert resume(before, 30, "train.steps=100", samples=120)
+    with pytest.raises(ValueError, match="has begun, so the learning rate after 125 sequences"):
+        resume(before, 35, "train.steps=100", samples=125)
 
 
 @pytest.mark.parametrize("style", ["cosine", "linear"])

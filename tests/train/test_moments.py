@@ -9,13 +9,22 @@ import numpy as np
 import optax
 import pytest
 
-from mtnlg_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig, validate
+from mtnlg_jax.config import (
+    Config,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    PrefixConfig,
+    TrainConfig,
+    validate,
+)
 from mtnlg_jax.model.params import names_of
 from mtnlg_jax.model.transformer import init_parameters
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import moments
 from mtnlg_jax.train.checkpoint import Checkpoints
-from mtnlg_jax.train.optimizer import make_optimizer
+from mtnlg_jax.train.optimizer import make_optimizer, optimizer_of
 from mtnlg_jax.train.state import abstract_state, init_state, state_shardings
 
 MODEL = ModelConfig(
@@ -196,6 +205,36 @@ def test_the_momentum_of_muon_is_stored_as_well():
     names = names_of(abstract_state(config, make_mesh(config.mesh)).opt_state)
     codes = [name for name in names if "codes_" in name]
     assert len(codes) == 6 and all(".mu." in name for name in codes)
+
+
+GATED = MoEConfig(
+    num_moe_experts=2, moe_shared_expert_intermediate_size=64, moe_shared_expert_gate=True
+)
+SEEING = PrefixConfig(width=12, image_size=6, patch_size=2)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("parts", "kept"),
+    [
+        ({"moe": GATED}, {"w_router_DE", "w_shared_DC"}),
+        ({"prefix": SEEING}, {"w_patch_IC", "w_project_CD"}),
+    ],
+    ids=["experts", "prefix"],
+)
+def test_matrices_without_heads_and_mlp_width_stay_float32(parts, kept, optimizer):
+    config = config_of("int8", optimizer)
+    config = dataclasses.replace(config, model=dataclasses.replace(MODEL, **parts))
+    params = jax.eval_shape(lambda: init_parameters(config.model, seed=0))
+    update = optimizer_of(config).update
+    before = jax.eval_shape(optimizer_of(config).init, params)
+    state = jax.eval_shape(lambda p, s: update(p, s, p)[1], params, before)
+    assert names_of(state) == names_of(before)
+    whole = {name: leaf for name, leaf in names_of(state).items() if ".w_" in name}
+    last = {name: name.rsplit(".", 1)[1] for name in whole}
+    assert {last[name] for name in whole if last[name].startswith("w_")} == kept
+    assert all(whole[name].dtype == jnp.float32 for name in whole if last[name] in kept)
+    assert any(last[name].startswith("codes_") for name in whole)
 
 
 def test_an_optimizer_without_a_count_is_an_error():

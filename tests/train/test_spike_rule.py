@@ -162,6 +162,15 @@ def test_objectives_stages_and_targets_have_their_own_histories():
     assert run.resumed(config_of(stages=same, label_smoothing=0.1))(5.0)[0]
 
 
+def test_each_teacher_has_its_own_history():
+    teachers = ("/runs/a", "/runs/b", "", "/runs/a/", "/runs/b")
+    stages = tuple(
+        StageConfig(f"{number}", 0.2, distill=distill) for number, distill in enumerate(teachers)
+    )
+    first, second, plain, *again = spike_rule._kinds(config_of(stages=stages))
+    assert len({first, second, plain}) == 3 and again == [first, second]
+
+
 def test_a_masked_step_is_not_compared_with_causal_ones():
     config = config_of()
     causal = Run(config)

@@ -172,6 +172,34 @@ def test_going_back_to_a_near_copy_ends_in_the_same_state(planted, rewound, tmp_
     assert not list(near.rglob("*.*"))
 
 
+@pytest.mark.slow
+def test_near_copies_do_not_decide_which_batches_are_left_out(planted, tmp_path, monkeypatch):
+    several = REWIND | {"spike_leave_out": 3}
+    trained(planted, tmp_path / "far", **several)
+    near = several | {"near_every": 1, "near_folder": str(tmp_path / "near")}
+    trained(planted, tmp_path / "near run", **near)
+    real = loop.batch_at
+    stops = [SPIKE - 1, SPIKE]
+
+    def failing(config, mesh, data, step, samples):
+        if stops and step == stops[0]:
+            stops.pop(0)
+            raise Gone
+        return real(config, mesh, data, step, samples)
+
+    # Gone before the spike, which is then met after a start from a near copy, and once more when
+    # the next step is due.
+    monkeypatch.setattr(loop, "batch_at", failing)
+    for _ in range(2):
+        with pytest.raises(Gone):
+            trained(planted, tmp_path / "killed", **near)
+    trained(planted, tmp_path / "killed", **near)
+    for name in ("near run", "killed"):
+        spike = records_of(tmp_path / name)["spike", SPIKE]
+        assert spike["left_out"] == [44, 45, 46] and spike["back_to"] == 40
+        assert same_state(tmp_path / name, tmp_path / "far")
+
+
 def meta_of(workdir, step=60):
     return manifest.read_record(epath.Path(workdir) / "checkpoints" / str(step))[0]["meta"]
 
@@ -327,7 +355,7 @@ def test_a_level_that_shifts_for_good_begins_a_new_history(planted, tmp_path, mo
 @pytest.mark.slow
 def test_a_run_goes_back_to_one_checkpoint_a_few_times(planted, tmp_path, monkeypatch):
     worse_from(monkeypatch, 40)
-    words = "went back to step 40 3 times, for spikes at steps 41, 42, 43"
+    words = "went back to the parameters of step 40 3 times, for spikes at steps 41, 42, 43"
     with pytest.raises(Diverged, match=words):
         trained(planted, tmp_path, max_bad_steps=2, **REWIND)
     lines = (tmp_path / spikes.FILE).read_text().splitlines()
@@ -396,7 +424,9 @@ def test_records_of_file_and_checkpoint_are_joined(tmp_path):
     (tmp_path / spikes.FILE).write_text("\n".join(lines) + "\n")
     assert spikes.recorded(str(tmp_path), meta) == [one | {"back_to": 4}, other]
     assert spikes.left_out([one, other]) == {(5, 32), (8, 56), (9, 64)}
-    for wrong in ("{}", "[", '{"step": 5, "left_out": [5], "back_to": 4}'):
+    wrong_ones = ("[5]", "[]")
+    lists = [f'{{"step": 5, "left_out": {pairs}, "back_to": 4}}' for pairs in wrong_ones]
+    for wrong in ("{}", "[", *lists):
         (tmp_path / spikes.FILE).write_text(lines[0] + "\n" + wrong + "\n")
         with pytest.raises(ValueError, match="line 2 is not the record of a spike"):
             spikes.recorded(str(tmp_path), meta)

@@ -1,5 +1,6 @@
 """Two processes (gloo on localhost) skip, or go back for, the same spike as one does."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -11,8 +12,9 @@ from mtnlg_jax.config import MeshConfig
 from mtnlg_jax.train import loop, spikes
 
 PROGRAM = """
+    import json
     import sys
-    me, port, tests, folder, policy, workdir = int(sys.argv[1]), *sys.argv[2:]
+    me, port, tests, folder, rule, workdir = int(sys.argv[1]), *sys.argv[2:]
     sys.path.append(tests)
     from pathlib import Path
     from planted_run import planted_config
@@ -20,14 +22,7 @@ PROGRAM = """
     from mtnlg_jax.train import loop, processes
 
     processes.start(f"localhost:{port}", 2, me, 100, local_devices=1)
-    config = planted_config(
-        Path(folder),
-        MeshConfig(data=2),
-        seed=27,
-        spike_policy=policy,
-        spike_window=16,
-        spike_deviations=5.0,
-    )
+    config = planted_config(Path(folder), MeshConfig(data=2), seed=27, **json.loads(rule))
     with processes.exit_on_failure():
         summary = loop.train(config, workdir, show_progress=False)
         assert summary.spikes == 1
@@ -36,15 +31,22 @@ PROGRAM = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["skip", "rewind"])
-def test_two_processes_leave_out_what_one_does(tmp_path, policy, monkeypatch):
+@pytest.mark.parametrize(
+    ("policy", "batches", "near"),
+    [("skip", 1, 0), ("rewind", 1, 0), ("rewind", 3, 1)],
+    ids=["skip", "rewind", "near copies"],
+)
+def test_two_processes_leave_out_what_one_does(tmp_path, policy, batches, near, monkeypatch):
     monkeypatch.setattr(test_processes, "PATIENCE", 400)  # for 60 steps on a busy machine
     folder = make_planted(tmp_path)
     here = str(Path(__file__).parent)
-    ended = test_processes.run_all(PROGRAM, 2, here, folder, policy, tmp_path / "two")
+    rule = {"spike_window": 16, "spike_deviations": 5.0, "spike_policy": policy}
+    rule["spike_leave_out"] = batches
+    copies = {"near_every": near, "near_folder": str(tmp_path / "near")}
+    given = json.dumps(rule | copies)
+    ended = test_processes.run_all(PROGRAM, 2, here, folder, given, tmp_path / "two")
     for code, output in ended:
         assert code == 0, output
-    rule = {"spike_window": 16, "spike_deviations": 5.0, "spike_policy": policy}
     config = planted_config(folder, MeshConfig(data=2), seed=27, **rule)
     make_mesh = loop.make_mesh
     monkeypatch.setattr(loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:2]))

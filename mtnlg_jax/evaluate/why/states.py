@@ -35,8 +35,8 @@ def left_out(workdir: str, before: int) -> set[tuple[int, int]]:
     kept = kept_steps(workdir)
     record = manifest.read_record(folder / str(kept[-1]))[0] if kept else None
     records = spikes.recorded(workdir, record["meta"] if record else {})
-    # A spike was met before it was left out.
-    return spikes.left_out([each for each in records if each["step"] != before + 1])
+    # Only later spikes lead back across the step; its own was met before it was left out.
+    return spikes.left_out([each for each in records if each["step"] <= before])
 
 
 def choose(
