@@ -47,8 +47,7 @@ FREE_SECTIONS = ("decode",)
 # Folders of the package from which a step is made; a test compares them with what it imports.
 CODE = ("config", "data", "model", "parallel", "train")
 
-# Settings of JAX that decide a program. Some are of other versions than the present one. Those that
-# a module adds when it is imported cannot be here: a key is the same whatever was imported.
+# Settings of JAX that decide a program, as far as is known; a version may lack some.
 _SETTINGS_OF_JAX = (
     "jax_enable_x64",
     "jax_explicit_x64_dtypes",
@@ -65,6 +64,11 @@ _SETTINGS_OF_JAX = (
     "jax_use_hlo_logistic_lowering",
     "jax_ragged_dot_use_ragged_dot_instruction",
     "jax_use_direct_linearize",
+    "jax_use_simplified_jaxpr_constants",
+    "jax_embedded_constants_max_bytes",
+    "jax_auto_pcast",
+    "jax_remove_size_one_mesh_axis_from_type",
+    "jax_remat_barrier_no_cotangents",
     "jax_remat3",
     "jax_scan3",
     "jax_custom_jvp3",
@@ -79,7 +83,9 @@ _SETTINGS_OF_JAX = (
     "jax_use_shardy_partitioner",
     "jax_enable_pgle",
     "jax_mosaic_allow_hlo",
-    "jax_no_collectives",
+    "jax_pallas_enable_debug_checks",
+    "jax_pallas_poison_buffers",
+    "jax_pallas_auto_assign_collective_ids",
     "jax_xla_profile_version",
     "jax_pjrt_client_create_options",
 )

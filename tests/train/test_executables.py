@@ -213,7 +213,7 @@ def test_a_process_with_a_folder_of_its_own_mends_its_file(tmp_path, monkeypatch
 
     def after(content: bytes) -> Program:
         path.write_bytes(content)
-        assert step.load(()) is None
+        assert step.load((0,)) is None
         step.keep(None, "0123", 1.0)
         return executable_file.read(str(path))["causal"]
 
@@ -229,7 +229,7 @@ def test_a_process_with_a_folder_of_its_own_mends_its_file(tmp_path, monkeypatch
     between[0] = lambda: None
     monkeypatch.setattr(executables, "loaded", lambda *_: "loaded")
     path.write_bytes(whole)
-    assert step.load(()) == ("loaded", "0123")
+    assert step.load((0,)) == ("loaded", "0123")
     step.keep(None, "0123", 1.0)
     assert executable_file.read(str(path))["causal"] == old
 

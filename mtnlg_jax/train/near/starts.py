@@ -10,7 +10,7 @@ from mtnlg_jax.train.near.files import Copy
 
 NAME = "near_starts"  # of the file in the folder of checkpoints
 
-# (start of `files.Copy`, step) in the order of time; a start that goes back has several. Steps grow;
+# (start of `files.Copy`, step) in the order of time; one that goes back has several. Steps grow:
 # where one goes on from an earlier step, those behind it go, since none of their copies counts.
 Starts = Sequence[tuple[str, int]]
 
