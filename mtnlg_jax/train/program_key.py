@@ -191,7 +191,7 @@ def _processor() -> str:
 
 def _flags() -> dict[str, Any]:
     words = _flags_of_xla()
-    found = {}
+    found: dict[str, Any] = {}
     if compat.platform() == "tpu":
         words += os.environ.get("LIBTPU_INIT_ARGS", "").split()
         if library := os.environ.get("TPU_LIBRARY_PATH"):
