@@ -113,7 +113,7 @@ _STRIKES = flags.DEFINE_integer(
     "strikes",
     2,
     "local, without --health: starts in a row without a step after which a node whose process "
-    "alone ended by itself counts as lost",
+    "ended by itself, while those of other nodes did not, counts as lost",
     lower_bound=1,
 )
 _LEAST_NODES = flags.DEFINE_integer(
