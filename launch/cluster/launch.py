@@ -113,14 +113,17 @@ _STRIKES = flags.DEFINE_integer(
     "strikes",
     2,
     "local, without --health: starts in a row without a step after which a node whose process "
-    "ended by itself counts as lost",
+    "ended by itself, while those of other nodes did not, counts as lost",
     lower_bound=1,
 )
 _LEAST_NODES = flags.DEFINE_integer(
     "least_nodes", 1, "slurm with --replan: nodes with which a job may start", lower_bound=1
 )
 _KIND = flags.DEFINE_string(
-    "kind", None, "kind of chip, such as H100, in whose memory a mesh of --replan must fit"
+    "kind",
+    None,
+    "kind of chip, such as H100, in whose memory a mesh of --replan must fit; without it, in what "
+    "the config's own mesh takes",
 )
 
 
@@ -233,6 +236,11 @@ def _check_replan() -> None:
     if not _trains():
         raise ValueError(
             f"--replan is for --script=pretrain, not --script={_SCRIPT.value}; leave it out"
+        )
+    if any(value.startswith("--executable=") for value in _ARGUMENT.value):
+        raise ValueError(
+            "--replan may change the mesh, and the file of --executable is for one mesh; give "
+            "--argument=--executable_folder=FOLDER, which compiles what it lacks"
         )
     if _CLUSTER.value == "tpu_pod":
         raise ValueError(
@@ -375,6 +383,13 @@ def local(given: list[str]) -> int:
     nodes = Nodes(_NODES.value, _HEALTH.value, _STRIKES.value, command.expand(_WORKDIR.value))
     for failure in range(1, _restarts() + 2):
         used, mesh = _nodes_and_mesh(nodes, given)
+        if not used:
+            code = errors.PROCESS_LOST
+            lost = f"none of the {nodes.count} nodes can be used"
+            if _starts_again(failure, lost, stop):
+                continue
+            print(f"error: {lost}; start again when one can", file=sys.stderr, flush=True)
+            break
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = 1234 if _DRY_RUN.value else free.getsockname()[1]
@@ -411,28 +426,33 @@ def local(given: list[str]) -> int:
         followed = (errors.PROCESS_LOST, 128 + signal.SIGABRT)  # ended because of another process
         own = [code for code in codes if code and code not in followed]
         nodes.ended(
-            [
-                node
+            {
+                node: codes[number]
                 for number, node in enumerate(used)
                 if codes[number] in own and number not in killed
-            ]
+            },
+            len(used),
         )
         code = final[0] if final else max(own or codes, default=errors.PREEMPTED)
-        if not any(codes) or final or stop.is_set() or failure > _restarts():
-            break
-        wait = float(os.environ.get("MTNLG_WAIT", min(10 * 2 ** (failure - 1), 300)))
-        print(
-            f"exit codes {codes}: failure {failure}, starting again in {wait:g} s",
-            file=sys.stderr,
-            flush=True,
-        )
-        if stop.wait(wait):
+        if not any(codes) or final or not _starts_again(failure, f"exit codes {codes}", stop):
             break
     return code
 
 
+def _starts_again(failure: int, what: str, stop: threading.Event) -> bool:
+    """Wait after failure number ``failure``, ``what``; return False where no start follows."""
+    if stop.is_set() or failure > _restarts():
+        return False
+    wait = float(os.environ.get("MTNLG_WAIT", min(10 * 2 ** (failure - 1), 300)))
+    print(f"{what}: failure {failure}, starting again in {wait:g} s", file=sys.stderr, flush=True)
+    return not stop.wait(wait)
+
+
 def _nodes_and_mesh(nodes: Nodes, given: list[str]) -> tuple[list[int], list[str]]:
-    """Return the nodes of the next start, and the flags of their mesh: none where all are there."""
+    """Return the nodes of the next start, and the flags of their mesh: none where all are there.
+
+    Raise ValueError where those that are left have no mesh.
+    """
     every = list(range(nodes.count))
     if not _REPLAN.value or _DRY_RUN.value or not _trains():
         return every, []
@@ -440,21 +460,18 @@ def _nodes_and_mesh(nodes: Nodes, given: list[str]) -> tuple[list[int], list[str
     if left == every:
         return every, []
     if not left:
-        raise ValueError(
-            f"none of the {nodes.count} nodes can be used; start again when one can, with the same "
-            "--workdir"
-        )
+        return [], []
     devices = _LOCAL_DEVICES.value or _CHIPS.value
     lost = ", ".join(str(node) for node in every if node not in left)
     print(f"node {lost} of {nodes.count} cannot be used", file=sys.stderr, flush=True)
-    count, mesh = fitted(given, left, devices, _KIND.value)
+    count, mesh = fitted(given, left, devices, _KIND.value, whole=len(every))
     return left[:count], mesh
 
 
 def _planned(given: list[str]) -> list[str]:
     """Return the flags of the fastest mesh of all nodes of a cluster that restarts by itself."""
     nodes = _NODES.value * (_SLICES.value if _CLUSTER.value == "gke_tpu" else 1)
-    count, mesh = fitted(given, list(range(nodes)), _CHIPS.value, _KIND.value)
+    count, mesh = fitted(given, list(range(nodes)), _CHIPS.value, _KIND.value, whole=nodes)
     if count < nodes:
         raise ValueError(
             f"--replan: no mesh takes all {nodes} nodes of {_CHIPS.value}, and one takes {count}; "

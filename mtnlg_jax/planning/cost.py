@@ -437,5 +437,9 @@ class Job:
             host=sum(self.host(layout).values()),
         )
 
+    def bytes(self, layout: Layout) -> float:
+        """Bytes of a device. Raises ValueError if a tensor is not divisible."""
+        return sum(self.memory(layout).values())
+
     def fits(self, layout: Layout) -> bool:
-        return sum(self.memory(layout).values()) <= self.room
+        return self.bytes(layout) <= self.room

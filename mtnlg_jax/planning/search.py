@@ -200,10 +200,10 @@ def _fitting(job: Job, valid: _Validity, mesh: Mesh, expert: int) -> Iterator[Es
                         yield job.estimate(fitting)
 
 
-def leanest(job: Job, devices: int) -> Estimate:
-    """Return the layout on up to ``devices`` devices that needs the least memory per device."""
+def lean_layouts(job: Job, devices: int) -> Iterator[Layout]:
+    """Yield the layouts on up to ``devices`` devices that may need the least memory per device."""
     valid = _Validity(job.config)
-    candidates = (
+    return (
         _layout((pipe, data, context, tensor), zero, how, 1, valid.policies[-1], expert)
         for pipe, expert, context, tensor in _meshes(job, valid, devices)
         for data in divisors(job.batch)
@@ -212,7 +212,11 @@ def leanest(job: Job, devices: int) -> Estimate:
         if _allowed(job.state, pipe, data, tensor, expert)
         for how in _lean(job, valid, pipe)
     )
-    return job.estimate(min(candidates, key=lambda layout: sum(job.memory(layout).values())))
+
+
+def leanest(job: Job, devices: int) -> Estimate:
+    """Return the layout on up to ``devices`` devices that needs the least memory per device."""
+    return job.estimate(min(lean_layouts(job, devices), key=job.bytes))
 
 
 def smallest_devices(job: Job, limit: int = 2**17) -> int | None:

@@ -49,7 +49,7 @@ from mtnlg_jax.train import checkpoint_arrays, extras, lora, manifest
 from mtnlg_jax.train.arrays import check_finite
 from mtnlg_jax.train.checkpoint_folder import CheckpointFolder, Refuse, reader_of, steps_of
 from mtnlg_jax.train.near.agree import gather
-from mtnlg_jax.train.near.opening import restore_near
+from mtnlg_jax.train.near.opening import candidates_of, record_start, restore_near
 from mtnlg_jax.train.near.tier import NearTier
 from mtnlg_jax.train.near.whole import Candidate
 from mtnlg_jax.train.processes import run_on_first
@@ -130,8 +130,7 @@ class Checkpoints:
         Return once the arrays may be donated; the rest happens in the background. Its failures are
         raised as OSError by the next ``save`` or ``wait``, and leave older checkpoints as they are.
         """
-        # One save at a time: this raises the failure of the last one before anything new is
-        # written.
+        # One save at a time: this raises the failure of the last one before anything is written.
         self.wait()
         step = int(step)
         flat = checkpoint_arrays.flatten(state)
@@ -145,11 +144,7 @@ class Checkpoints:
             "arrays": checkpoint_arrays.shapes(flat),
         }
         # Of the global arrays: process 0 checks the space for what all processes write.
-        size = sum(
-            array.size * array.dtype.itemsize
-            for part in checkpoint_arrays.split(flat).values()
-            for array in part.values()
-        )
+        size = checkpoint_arrays.bytes_of(flat)
         # The marker must exist before any array is written, in whichever process.
         if not run_on_first(lambda: self._files.begin(step, size)):
             return
@@ -241,7 +236,7 @@ class Checkpoints:
         (ShapeDtypeStructs). ``refuse`` is called before anything large is read. A damaged
         checkpoint is renamed to ``<step>.damaged``, never deleted. Raise ValueError with the
         differences where ``identity`` or the arrays are not those that were saved, and OSError
-        where there are checkpoints but none is whole.
+        where there are checkpoints but none is whole, nor is a near copy.
         """
         self.wait()
         flat = checkpoint_arrays.flatten(abstract_state)
@@ -249,22 +244,24 @@ class Checkpoints:
         # Through JSON, as the saved identity went, so that a tuple equals its list.
         given = json.loads(json.dumps(identity))
 
-        near = self.near.candidates() if self.near else []
+        near = candidates_of(self.near, self.folder) if self.near else []
         # Not hashed yet: a near copy that is as new spares that.
         far = run_on_first(lambda: max(manifest.candidates(self.folder), default=-1))
         if self.near and (found := self.near.newest(near, far, given, shapes, refuse)):
             return self._restore_near(self.near, found, abstract_state)
-        chosen, warnings = run_on_first(lambda: self._files.choose(given, shapes, refuse))
-        # Only process 0 looked, but every process keeps the warnings.
-        for warning in warnings:
+        chosen, warnings, failure = run_on_first(lambda: self._files.choose(given, shapes, refuse))
+        for warning in warnings:  # only process 0 looked
             logging.warning("%s", warning)
         self.warnings += warnings
-        # Where the newest checkpoints are damaged, a near copy may be newer than the one left.
+        # Where checkpoints are damaged, a near copy may be newer than what is left.
         far = -1 if chosen is None else chosen["step"]
         if self.near and (found := self.near.newest(near, far, given, shapes, refuse)):
             return self._restore_near(self.near, found, abstract_state)
+        if failure:
+            raise OSError(failure)
         if self.near:
             self.near.go_on_from(None)
+        record_start(self.near, self.folder, max(far, 0))
         if chosen is None:
             return None
         path = self.folder / str(chosen["step"])
@@ -276,9 +273,13 @@ class Checkpoints:
     def _restore_near(
         self, near: NearTier, found: Candidate, abstract_state: Any
     ) -> tuple[int, Any, dict]:
+        step = found.copy.step
         state, self.lacking = restore_near(near, found, abstract_state)
-        self._unproven = None
-        return found.copy.step, state, found.about["meta"]
+        record_start(near, self.folder, step)
+        # A checkpoint of this step has the same parameters.
+        proven = found.finite or not run_on_first(lambda: self._files.is_unproven(step))
+        self._unproven = None if proven else step
+        return step, state, found.about["meta"]
 
     def lines(self) -> list[str]:
         """Return what the start of a run says of its near tier."""
@@ -321,8 +322,7 @@ class Checkpoints:
         """Turn arrays on the host into a checkpoint that counts. Runs in the background."""
         step = record["step"]
         with self._files.failure_named(step):
-            # Every process waits for its own arrays; then process 0 alone makes the checkpoint
-            # count.
+            # Every process waits for its own arrays; then process 0 alone makes it count.
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 # The order is the protocol: a kill before the record leaves something unfinished, a

@@ -82,6 +82,12 @@ def split(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"params": params, "rest": rest, "ema": params | averages if averages else {}}
 
 
+def bytes_of(flat: dict[str, Any]) -> int:
+    """Return the bytes of all leaves, in every folder that holds them."""
+    parts = split(flat).values()
+    return sum(leaf.size * leaf.dtype.itemsize for part in parts for leaf in part.values())
+
+
 def shapes(flat: dict[str, Any]) -> dict[str, str]:
     """Return the type and shape of each leaf as text, "float32[2, 64]"."""
     return {name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in flat.items()}

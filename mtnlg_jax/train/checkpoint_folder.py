@@ -141,6 +141,10 @@ class CheckpointFolder:
                 (self.path / str(step) / FINITE).touch()
                 self._prune()
 
+    def is_unproven(self, step: int) -> bool:
+        """Return whether there is a checkpoint of ``step``, and no loss of it is known."""
+        return step in self.steps() and not (self.path / str(step) / FINITE).exists()
+
     def set_aside(self, unproven: int | None) -> int | None:
         """Rename the newest checkpoint if it is ``unproven``; return the newest step left."""
         steps = self.steps()
@@ -219,8 +223,9 @@ class CheckpointFolder:
 
     def choose(
         self, identity: dict, arrays: dict[str, str], refuse: Refuse
-    ) -> tuple[dict | None, list[str]]:
-        """Return the newest whole checkpoint, and warnings about damaged ones that it set aside."""
+    ) -> tuple[dict | None, list[str], str | None]:
+        """Return the newest whole checkpoint, warnings about damaged ones that it set aside, and
+        what to raise where there are damaged ones alone."""
         damaged: list[str] = []
         warnings: list[str] = []
         # The newest first. A folder with neither a record nor a marker is a candidate that turns
@@ -240,7 +245,7 @@ class CheckpointFolder:
                         "arrays": record["arrays"],
                         "proven": record["metric"] is not None or (path / FINITE).exists(),
                     }
-                    return chosen, warnings
+                    return chosen, warnings, None
             aside = self._free_path(f"{step}.damaged")
             path.rename(aside)
             damaged.append(f"{step} ({damage})")
@@ -248,12 +253,11 @@ class CheckpointFolder:
         # Damaged ones may have been set aside by an earlier start. Without this check a second
         # start would silently begin from scratch.
         damaged = damaged or sorted(path.name for path in self.path.glob("*.damaged*"))
-        if damaged:
-            raise OSError(
-                f"{self.path} holds damaged checkpoints only: {', '.join(damaged)}; restore a "
-                "good copy (named by its step), or start afresh with another --workdir"
-            )
-        return None, warnings
+        failure = (
+            f"{self.path} holds damaged checkpoints only: {', '.join(damaged)}; restore a "
+            "good copy (named by its step), or start afresh with another --workdir"
+        )
+        return None, warnings, failure if damaged else None
 
     def _free_path(self, name: str) -> epath.Path:
         """Return a path in the folder that does not exist: ``name``, or ``name`` with a number."""

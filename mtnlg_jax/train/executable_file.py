@@ -53,11 +53,6 @@ def write(path: str, programs: Sequence[Program]) -> None:
         )
 
 
-def exists(path: str) -> bool:
-    """Return whether there is a file at the path or URL."""
-    return storage.exists(*_split(path))
-
-
 def read(path: str) -> dict[str, Program]:
     """Return the programs of a file or a URL by name.
 

@@ -89,6 +89,8 @@ class KeptStep:
         self._key = key
         self._devices = list(mesh.devices.flat)
         self.keeps = bool(owner.folder)
+        self._good = False  # whether this process has loaded what it found
+        self._found: Program | None = None
 
     def load(self, args: tuple) -> tuple[jax.stages.Compiled, str] | None:
         """Return (the program for ``args``, the fingerprint of its text), or None.
@@ -98,6 +100,7 @@ class KeptStep:
         """
         start = time.perf_counter()
         program = self._owner.find(self._name, self._key)
+        self._found = program
         compiled = None
         if program is not None:
             try:
@@ -107,6 +110,7 @@ class KeptStep:
                     raise ValueError(f"{self._owner.file}: {error}; {WAY_OUT}") from None
                 path = self._owner.path_of(self._key)
                 logging.warning("%s is compiled again: %s", path, error)
+        self._good = compiled is not None
         if self.keeps and processes.several():
             # Where one process must compile, the others have to wait for it anyway.
             flag = np.int32(compiled is not None)
@@ -142,9 +146,16 @@ class KeptStep:
         if processes.is_first():
             write()
         processes.barrier("executable written")
-        if not processes.is_first() and not executable_file.exists(path):
+        if not processes.is_first() and not self._good and not self._is_new(path):
             write()
         self._owner.announce(f"{text}, kept in {path}")
+
+    def _is_new(self, path: str) -> bool:
+        """Return whether the file at ``path`` is whole, and not one that did not load."""
+        try:
+            return executable_file.read(path).get(self._name) not in (None, self._found)
+        except (ValueError, OSError):
+            return False
 
 
 class Executables:

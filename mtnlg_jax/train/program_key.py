@@ -47,13 +47,47 @@ FREE_SECTIONS = ("decode",)
 # Folders of the package from which a step is made; a test compares them with what it imports.
 CODE = ("config", "data", "model", "parallel", "train")
 
+# Settings of JAX that decide a program, as far as is known; a version may lack some.
 _SETTINGS_OF_JAX = (
     "jax_enable_x64",
+    "jax_explicit_x64_dtypes",
     "jax_default_matmul_precision",
     "jax_default_prng_impl",
     "jax_threefry_partitionable",
+    "jax_threefry_gpu_kernel_lowering",
     "jax_random_seed_offset",
     "jax_numpy_dtype_promotion",
+    "jax_high_dynamic_range_gumbel",
+    "jax_softmax_custom_jvp",
+    "jax_accurate_erf_inv",
+    "jax_allow_f16_reductions",
+    "jax_use_hlo_logistic_lowering",
+    "jax_ragged_dot_use_ragged_dot_instruction",
+    "jax_use_direct_linearize",
+    "jax_use_simplified_jaxpr_constants",
+    "jax_embedded_constants_max_bytes",
+    "jax_auto_pcast",
+    "jax_remove_size_one_mesh_axis_from_type",
+    "jax_remat_barrier_no_cotangents",
+    "jax_remat3",
+    "jax_scan3",
+    "jax_custom_jvp3",
+    "jax_custom_vjp3",
+    "jax_error_checking_behavior_nan",
+    "jax_error_checking_behavior_divide",
+    "jax_error_checking_behavior_oob",
+    "jax_disable_most_optimizations",
+    "jax_optimization_level",
+    "jax_memory_fitting_level",
+    "jax_compiler_enable_remat_pass",
+    "jax_use_shardy_partitioner",
+    "jax_enable_pgle",
+    "jax_mosaic_allow_hlo",
+    "jax_pallas_enable_debug_checks",
+    "jax_pallas_poison_buffers",
+    "jax_pallas_auto_assign_collective_ids",
+    "jax_xla_profile_version",
+    "jax_pjrt_client_create_options",
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 _COMPILERS = {
@@ -156,15 +190,35 @@ def _processor() -> str:
 
 
 def _flags() -> dict[str, Any]:
-    variables = ["XLA_FLAGS", *(["LIBTPU_INIT_ARGS"] if compat.platform() == "tpu" else [])]
-    found = {}
-    for variable in variables:
-        for flag in os.environ.get(variable, "").split():
-            name, _, value = flag.partition("=")
-            if name != _NOT_OF_THE_COMPILER:
-                found[f"flag {name}"] = value
-    of_jax = {name: getattr(jax.config, name) for name in _SETTINGS_OF_JAX}
-    return found | {name: value for name, value in of_jax.items() if value is not None}
+    words = _flags_of_xla()
+    found: dict[str, Any] = {}
+    if compat.platform() == "tpu":
+        words += os.environ.get("LIBTPU_INIT_ARGS", "").split()
+        if library := os.environ.get("TPU_LIBRARY_PATH"):
+            # It has no version that could be read without loading it.
+            size = os.path.getsize(library) if os.path.isfile(library) else None
+            found["TPU_LIBRARY_PATH"] = [library, size]
+    for flag in words:
+        name, _, value = flag.partition("=")
+        if name != _NOT_OF_THE_COMPILER:
+            found[f"flag {name}"] = value
+    of_jax = {name: getattr(jax.config, name, None) for name in _SETTINGS_OF_JAX}
+    # As JSON gives them back.
+    return found | {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in of_jax.items()
+        if value is not None
+    }
+
+
+def _flags_of_xla() -> list[str]:
+    """Return the flags of XLA, which reads a file where the value does not begin with a dash."""
+    value = os.environ.get("XLA_FLAGS", "")
+    if value.strip() and not value.lstrip().startswith("-"):
+        path = Path(value)
+        # A file that is not there ends the process in XLA.
+        value = path.read_text() if path.is_file() else value
+    return value.split()
 
 
 def _versions() -> dict[str, str]:

@@ -327,6 +327,10 @@ def test_the_commands_of_a_dry_run():
         (("--cluster=slurm", "--replan", "--health=true"), "is for --cluster=local, not"),
         (("--cluster=local", "--replan", "--kind=Z9"), "unknown --kind=Z9; choose one of"),
         (("--cluster=tpu_pod", "--replan", "--zone=z"), "--replan has nothing to choose"),
+        (
+            ("--cluster=local", "--replan", "--argument=--executable=/kept/one"),
+            "--replan may change the mesh, and the file of --executable is for one mesh",
+        ),
         (("--cluster=local", "--set=train.step=3"), "did you mean 'steps'"),
         (("--cluster=slurm", "--config=nowhere.py"), "'nowhere.py' is not a file"),
         (("--cluster=local", "--workdir=~no-one/x"), "no user 'no-one'"),
@@ -603,15 +607,37 @@ def test_a_node_whose_process_ends_again_and_again_is_lost(tmp_path):
         (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": last}) + "\n")
 
     start(0, 7)
-    nodes.ended([1])  # after steps of its own
-    nodes.ended([1])
+    nodes.ended({1: 1}, 2)  # after steps of its own
+    nodes.ended({1: 1}, 2)
     start(5, 6)
-    nodes.ended([1])  # it did a step in between
-    nodes.ended([1])
+    nodes.ended({1: 1}, 2)  # it did a step in between
+    nodes.ended({1: 1}, 2)
     assert nodes.usable() == [0, 1]
     start(6, 6)
-    nodes.ended([1])
+    for _ in range(2):
+        nodes.ended({0: 4, 1: 4}, 2)  # all of them
+        nodes.ended({1: 74}, 2)  # the disk or the store
+        nodes.ended({1: 75}, 2)  # a signal
+    assert nodes.usable() == [0, 1]
+    nodes.ended({1: 1}, 2)
     assert nodes.usable() == [0]
+    for _ in range(2):
+        nodes.ended({0: 1}, 1)  # the last one
+    assert nodes.usable() == [0]
+
+
+def test_a_launcher_waits_until_a_node_can_be_used(stand_in, tmp_path):
+    """The health command fails the first two times, once for each node."""
+    health = "echo >>../asked; test $(wc -l <../asked) -gt 2"
+    process = stand_in("0 0\n", "--replan", f"--health={health}", "--restarts=1")
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, output
+    assert "none of the 2 nodes can be used: failure 1, starting again in 0 s" in output
+    process = stand_in("0 0\n", "--replan", "--health=false", "--restarts=1")
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == errors.PROCESS_LOST, output
+    assert "error: none of the 2 nodes can be used; start again when one can" in output
+    assert len((tmp_path / "starts-0").read_text().splitlines()) == 1
 
 
 @pytest.mark.usefixtures("heeded_signals")
@@ -734,7 +760,8 @@ def test_a_slurm_job_of_fewer_nodes_has_a_mesh_for_them(tools, tmp_path, nodes):
     environment = tools("srun", 'echo "$@" >"$CALLS.srun"\n') | {
         "MTNLG_REPLAN": "2",
         "SLURM_NNODES": str(nodes),
-        "SLURM_NTASKS": str(4 * nodes),
+        "SLURM_NTASKS_PER_NODE": "4",
+        "SLURM_NTASKS": "4",  # as some versions count for --nodes=1-2
     }
     flags = [f"--config={TINY}", "--set=data.path=a b", "--workdir=a b"]
     done = subprocess.run(
@@ -742,7 +769,8 @@ def test_a_slurm_job_of_fewer_nodes_has_a_mesh_for_them(tools, tmp_path, nodes):
     )
     assert done.returncode == 0, done.stderr
     called = (tmp_path / "calls.srun").read_text()
-    assert ("--nodes=1 --ntasks=4" in called) == (nodes == 1) == ("--set=mesh.data=" in called)
+    assert called.startswith(f"--nodes={nodes} --ntasks={4 * nodes} ")
+    assert (nodes == 1) == ("--set=mesh.data=" in called)
     assert "--set=data.path=a b --workdir=a b" in called
 
 

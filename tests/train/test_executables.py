@@ -25,10 +25,17 @@ from mtnlg_jax.config import (
     to_json,
 )
 from mtnlg_jax.parallel.mesh import make_mesh
-from mtnlg_jax.train import changes, evaluate, executable_file, loop, program_key
+from mtnlg_jax.train import (
+    changes,
+    evaluate,
+    executable_file,
+    executables,
+    loop,
+    program_key,
+)
 from mtnlg_jax.train.batch import abstract_batch
 from mtnlg_jax.train.executable_file import Program
-from mtnlg_jax.train.executables import Executables
+from mtnlg_jax.train.executables import Executables, KeptStep
 from mtnlg_jax.train.metrics import read_metrics
 from mtnlg_jax.train.processes import fingerprint
 from mtnlg_jax.train.program_key import CODE, FREE, differences, key_of, program_options
@@ -165,6 +172,66 @@ def test_other_devices_flags_and_code_change_the_key(monkeypatch):
     assert not any("device_count" in line for line in found)
     for name in ("jax", "jaxlib", "flax", "optax", "mtnlg_jax"):
         assert here[f"version of {name}"]
+
+
+def test_flags_in_a_file_and_settings_of_jax_are_in_the_key(tmp_path, monkeypatch):
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    here = key_of(CONFIG, mesh)
+    assert here["jax_use_shardy_partitioner"] is jax.config.jax_use_shardy_partitioner
+    assert "jax_of_another_version" not in here and json.loads(json.dumps(here)) == here
+    file = tmp_path / "flags"
+    file.write_text("--xla_a=1\n--xla_b=2\n")
+    monkeypatch.setenv("XLA_FLAGS", str(file))
+    monkeypatch.setattr(program_key.compat, "platform", lambda: "tpu")
+    monkeypatch.setenv("TPU_LIBRARY_PATH", str(file))
+    names = (*program_key._SETTINGS_OF_JAX, "jax_of_another_version")
+    monkeypatch.setattr(program_key, "_SETTINGS_OF_JAX", names)
+    before = jax.config.jax_optimization_level
+    jax.config.update("jax_optimization_level", "O1")
+    try:
+        found = differences(here, key_of(CONFIG, mesh))
+    finally:
+        jax.config.update("jax_optimization_level", before)
+    assert {'flag --xla_a nothing there, "1" here', 'flag --xla_b nothing there, "2" here'} < {
+        *found
+    }
+    assert f'TPU_LIBRARY_PATH nothing there, ["{file}", 20] here' in found
+    assert any(line.startswith("jax_optimization_level ") for line in found)
+
+
+def test_a_process_with_a_folder_of_its_own_mends_its_file(tmp_path, monkeypatch):
+    """This one is not the first, which is the one that writes on a shared disk."""
+    key = {"a": 1}
+    old, new = (Program("causal", key, "0123", [], content) for content in (b"old", b"new"))
+    kept = Executables(None, str(tmp_path))
+    path = Path(kept.path_of(key))
+    between = [lambda: None]
+    monkeypatch.setattr(executables.processes, "is_first", lambda: False)
+    monkeypatch.setattr(executables.processes, "barrier", lambda name: between[0]())
+    monkeypatch.setattr(executables, "serialized", lambda *_: new)
+    step = KeptStep(kept, "causal", key, make_mesh(MeshConfig(), jax.devices()[:1]))
+
+    def after(content: bytes) -> Program:
+        path.write_bytes(content)
+        assert step.load((0,)) is None
+        step.keep(None, "0123", 1.0)
+        return executable_file.read(str(path))["causal"]
+
+    assert after(b"damaged") == new
+    # What cannot be loaded here is written again as well.
+    executable_file.write(str(path), [old])
+    whole = path.read_bytes()
+    assert after(whole) == new
+    # The first process has written it in between: it is the same folder.
+    between[0] = lambda: path.write_bytes(whole)
+    assert after(b"damaged") == old
+    # It could be loaded, but another process compiled.
+    between[0] = lambda: None
+    monkeypatch.setattr(executables, "loaded", lambda *_: "loaded")
+    path.write_bytes(whole)
+    assert step.load((0,)) == ("loaded", "0123")
+    step.keep(None, "0123", 1.0)
+    assert executable_file.read(str(path))["causal"] == old
 
 
 def test_the_hash_of_the_code_covers_what_makes_a_step():

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+from mtnlg_jax import errors
+
 TIMEOUT = 60  # seconds that a health check may take
 
 
@@ -13,7 +15,8 @@ class Nodes:
 
     ``health`` is a shell command that exits with 0 where node $MTNLG_NODE can be used; it is asked
     before every start, so that nodes return. Without it, a node is lost once its process has ended
-    by itself ``strikes`` times in a row before the run did a step.
+    by itself ``strikes`` times in a row before the run did a step. What all processes share is not
+    the fault of a node, nor are a disk or a store that fail and a signal.
     """
 
     def __init__(self, count: int, health: str | None, strikes: int, workdir: str) -> None:
@@ -40,14 +43,15 @@ class Nodes:
             return False
         return done.returncode == 0
 
-    def ended(self, nodes: list[int]) -> None:
-        """Count a start in which the processes of ``nodes`` ended by themselves."""
+    def ended(self, codes: dict[int, int], used: int) -> None:
+        """Count a start on ``used`` nodes; ``codes`` are the exit codes of the processes that ended
+        by themselves, by node."""
         starts, first, last = self._look()
         if starts > self._starts and last > first:
             self._failures = dict.fromkeys(self._failures, 0)
-        else:
-            for node in nodes:
-                self._failures[node] += 1
+        elif len(codes) < used:
+            for node, code in codes.items():
+                self._failures[node] += code not in (errors.PASSING, errors.PREEMPTED)
         self._starts = starts
 
     def _look(self) -> tuple[int, int, int]:
@@ -64,13 +68,16 @@ class Nodes:
         return starts, first, last
 
 
-def fitted(given: list[str], nodes: list[int], node: int, kind: str | None) -> tuple[int, list]:
+def fitted(
+    given: list[str], nodes: list[int], node: int, kind: str | None, whole: int
+) -> tuple[int, list]:
     """Return (number of ``nodes`` to use, flags of their mesh), each of ``node`` devices.
 
-    ``given`` are the flags of the run. Raise ValueError where no mesh fits.
+    ``given`` are the flags of the run, which has ``whole`` nodes. Raise ValueError where no mesh
+    fits.
     """
     wanted = [flag for flag in given if flag.startswith(("--config=", "--set=", "--workdir="))]
-    wanted += [f"--devices={len(nodes) * node}", f"--node={node}"]
+    wanted += [f"--devices={len(nodes) * node}", f"--node={node}", f"--whole={whole * node}"]
     wanted += [f"--kind={kind}"] if kind else []
     done = subprocess.run(
         [sys.executable, "-m", "mtnlg_jax.cli.processes.replan", *wanted],

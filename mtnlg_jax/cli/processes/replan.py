@@ -24,8 +24,14 @@ _DEVICES = flags.DEFINE_integer(
 _NODE = flags.DEFINE_integer(
     "node", 1, "devices of a node, which are used together or not at all", lower_bound=1
 )
+_WHOLE = flags.DEFINE_integer(
+    "whole", None, "number of devices of the whole run; default: --devices", lower_bound=1
+)
 _KIND = flags.DEFINE_string(
-    "kind", None, "kind of chip, such as H100, in whose memory the run must fit"
+    "kind",
+    None,
+    "kind of chip, such as H100, in whose memory the run must fit; without it, in what the mesh of "
+    "the config takes on the whole run",
 )
 
 
@@ -42,8 +48,8 @@ def main() -> None:
     size = config.model.vocab_size or known or replan.VOCABULARY
     model = dataclasses.replace(config.model, vocab_size=size)
     config = dataclasses.replace(config, model=model)
-    nodes, layout = replan.replan(config, _DEVICES.value, _NODE.value, _KIND.value)
-    line, told = replan.line_of(config, nodes, layout)
+    found = replan.replan(config, _DEVICES.value, _NODE.value, _KIND.value, _WHOLE.value)
+    line, told = replan.line_of(config, *found)
     print(told, file=sys.stderr)
     print(line)
 

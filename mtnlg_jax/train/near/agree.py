@@ -39,12 +39,25 @@ def host() -> str:
     return platform.node() + (f"#{number}" if number else "")
 
 
+def folder(path: str) -> str:
+    """Return a name of the folder ``path``, the same in every process of this machine that opens
+    this folder; containers of one name may have folders of their own at one path."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            machine = file.read().strip()
+    except OSError:  # not Linux
+        machine = platform.node()
+    found = os.stat(path)
+    return f"{machine}:{found.st_dev}:{found.st_ino}"
+
+
 def peers_of(mesh: Mesh, hosts: list[str]) -> dict[int, int]:
     """Return {process: the one that keeps a second copy of what it alone holds}.
 
-    ``hosts`` is the host of each process. Peers are in the next data replica, on another host where
-    there are several; no two processes have the same peer. Return {} where data does not span
-    processes: then no process has a peer.
+    ``hosts`` is the host of each process. Peers are in the next data replica, where that is on
+    another host; else they are another number of processes further on, such that the most are on
+    other hosts. No two processes have the same peer. Return {} where data does not span processes:
+    then no process has a peer.
     """
     # Shapes of the axes in the order of `parallel.mesh.AXES`.
     axis = mesh.axis_names.index("data")
@@ -60,10 +73,16 @@ def peers_of(mesh: Mesh, hosts: list[str]) -> dict[int, int]:
                 peers.setdefault(int(process), int(peer))
         if len(peers) == len(hosts) == len(set(peers.values())):
             found.append(peers)
-    apart = [
-        peers for peers in found if all(hosts[one] != hosts[other] for one, other in peers.items())
+    if not found:
+        return {}
+    count = len(hosts)
+    # A peer keeps bytes, so it may as well be of another stage: a replica may be within a host.
+    found += [
+        {process: (process + shift) % count for process in range(count)}
+        for shift in range(1, count)
     ]
-    return next(iter(apart or found), {})
+    # The first of equals: the nearest replica.
+    return max(found, key=lambda peers: sum(hosts[a] != hosts[b] for a, b in peers.items()))
 
 
 def holds_alone(process: int, processes: set[int], hosts: list[str]) -> bool:

@@ -148,9 +148,9 @@ class NearFiles:
             self.remove(f"{copy.name}/{name}")
             with contextlib.suppress(OSError):
                 os.remove(self.path(f"{copy.name}/{name.partition('.')[0]}.finite"))
-        for folder in (self.path(copy.name), self.folder):
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
+        # Not the folder of the run: another process of this host may be about to write there.
+        with contextlib.suppress(OSError):
+            os.rmdir(self.path(copy.name))
 
     def copies(self) -> list[Copy]:
         """Return the copies of which there is anything here, the newest first."""

@@ -6,11 +6,13 @@ import secrets
 from typing import Any
 
 import jax
+from absl import logging
 from jax.sharding import Mesh
 
 from mtnlg_jax import storage
 from mtnlg_jax.config import TrainConfig
 from mtnlg_jax.train import checkpoint_arrays, extras, moments_dtype, processes
+from mtnlg_jax.train.near import starts
 from mtnlg_jax.train.near.tier import NearTier
 from mtnlg_jax.train.near.whole import Candidate
 
@@ -45,6 +47,33 @@ def _id_of_run(checkpoints: str) -> str:
         return hashlib.sha256(found.strip() + place.encode(errors="replace")).hexdigest()[:16]
 
     return processes.run_on_first(drawn)
+
+
+def candidates_of(near: NearTier, checkpoints: str | os.PathLike) -> list[Candidate]:
+    """Return the near copies of which all shards exist, the newest first, without those that a
+    later start of the run has left behind."""
+    known = processes.run_on_first(lambda: starts.read(checkpoints))
+    found = near.candidates()
+    current = [each for each in found if starts.is_current(known, each.copy)]
+    stale = [f"{each.copy.step:,}" for each in found if each not in current]
+    if stale and processes.is_first():
+        logging.warning(
+            "near copies of step %s are left out: a later start went on from an earlier step",
+            ", ".join(stale),
+        )
+    return current
+
+
+def record_start(near: NearTier | None, checkpoints: str | os.PathLike, step: int) -> None:
+    """Record that this start goes on from ``step``, if the run has or had a near tier."""
+
+    def record() -> None:
+        if near is not None or storage.exists(checkpoints, NAME):
+            start = near.start if near else ""
+            known = starts.going_on(starts.read(checkpoints), start, step)
+            starts.write(checkpoints, known)
+
+    processes.run_on_first(record)
 
 
 def restore_near(near: NearTier, candidate: Candidate, abstract_state: Any) -> tuple[Any, set[str]]:

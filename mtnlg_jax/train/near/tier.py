@@ -48,9 +48,7 @@ class NearTier:
         self.warnings: list[str] = []
         flat = checkpoint_arrays.flatten(abstract)
         self._held = boxes.holders(flat)
-        groups = agree.gather([host, f"{host}:{os.path.realpath(folder)}"])
-        self._hosts = [each[0] for each in groups]
-        self._groups = [each[1] for each in groups]
+        self._hosts: list[str] = agree.gather(host)
         self._peers = agree.peers_of(mesh, self._hosts)
         self.shards = boxes.shards_of(flat, self._held, lambda them: me in them)
         alone = self._alone(flat, me) if self._peers else []
@@ -59,14 +57,15 @@ class NearTier:
         theirs = self._alone(flat, self._kept_for) if self._kept_for is not None else []
         self._own_bytes = sum(shard.bytes for shard in self.shards)
         self._peer_bytes = sum(shard.bytes for shard in theirs)
-        self._refuse_small_disk()
+        self._groups = self._checked_groups()
         # One thread, so that copies, marks and removals happen in order.
         self._background = ThreadPoolExecutor(1, "near tier")
         self._buffer = np.empty(self._own_bytes, np.uint8)
         # Pages are made when they are first written, which takes 40 times as long as a copy.
         self._writing: Future = self._background.submit(self._buffer.fill, 0)
         self._marks: list[Future] = []
-        self._start = processes.run_on_first(lambda: secrets.token_hex(4))
+        # In the names of this start's copies.
+        self.start: str = processes.run_on_first(lambda: secrets.token_hex(4))
         self._secret = processes.run_on_first(lambda: secrets.token_hex(16))
         self._whole: list[Copy] = []  # those that every process has finished, the newest last
         self._latest: Copy | None = None  # the newest that was begun, whole or not
@@ -89,23 +88,32 @@ class NearTier:
             flat, self._held, lambda them: agree.holds_alone(process, them, self._hosts)
         )
 
-    def _refuse_small_disk(self) -> None:
+    def _checked_groups(self) -> list[str]:
+        """Return for each process a name of its folder, the same where processes have one folder.
+
+        Raise ValueError where a folder has no room for one copy.
+        """
         need = self._own_bytes + self._peer_bytes
         free = 0
+        group = ""
         why = ""
         try:
-            os.makedirs(os.path.dirname(self.files.folder), exist_ok=True)
+            above = os.path.dirname(self.files.folder)
+            os.makedirs(above, exist_ok=True)
+            group = agree.folder(above)
             # Nobody else reads the parameters of a run.
             os.makedirs(self.files.folder, 0o700, exist_ok=True)
             # What an earlier start left makes room.
             free = shutil.disk_usage(self.files.folder).free + self.files.used()
-            with contextlib.suppress(OSError):
-                os.rmdir(self.files.folder)
         except OSError as error:
             why = error.strerror or str(error)
-        told = agree.gather([need, free, why])
-        for process, (_, free, why) in enumerate(told):
-            group = self._groups[process]
+        told = agree.gather([need, free, why, group])
+        groups = [each[3] for each in told]
+        # Behind the exchange, and by one process: another one may have just made the folder.
+        if groups.index(group) == jax.process_index():
+            with contextlib.suppress(OSError):
+                os.rmdir(self.files.folder)
+        for process, (_, free, why, group) in enumerate(told):
             where = f"train.near_folder={self.folder} on {self._hosts[process]}"
             if why:
                 raise ValueError(
@@ -113,7 +121,7 @@ class NearTier:
                     "train.near_every=0"
                 )
             # Processes of a host share its disk.
-            need = sum(told[each][0] for each, name in enumerate(self._groups) if name == group)
+            need = sum(told[each][0] for each, name in enumerate(groups) if name == group)
             if free < need:
                 raise ValueError(
                     f"{where} has {free:,} bytes free, and one copy of this run takes {need:,} "
@@ -126,6 +134,7 @@ class NearTier:
                     size_of(need),
                     COPIES,
                 )
+        return groups
 
     def lines(self) -> list[str]:
         """Return what the start of the run says of the tier."""
@@ -140,8 +149,11 @@ class NearTier:
         if not self._peers:
             reason = "data is within each process" if processes.several() else "one process"
             told += f"; no peer has a second copy ({reason})"
-        elif len(set(self._hosts)) == 1:
+        together = [a for a, b in self._peers.items() if self._hosts[a] == self._hosts[b]]
+        if together and len(together) == len(self._peers):
             told += "; peers are on the same host"
+        elif together:
+            told += f"; {len(together)} of {len(self._peers)} peers are on the same host"
         if self._latest is not None:
             told += f"; the run goes on from the copy of step {self._latest.step:,}"
         return [told]
@@ -155,7 +167,7 @@ class NearTier:
     @property
     def goes_on_from_earlier(self) -> bool:
         """Return whether the newest copy is of an earlier start."""
-        return self._latest is not None and self._latest.start != self._start
+        return self._latest is not None and self._latest.start != self.start
 
     def save(self, step: int, state: Any, meta: dict) -> None:
         """Copy ``state`` (a `TrainState`) to the host, and return; the rest is in the background.
@@ -172,7 +184,7 @@ class NearTier:
             self._skipped = True
             return
         flat = checkpoint_arrays.flatten(state)
-        copy = Copy(int(step), self._start)
+        copy = Copy(int(step), self.start)
         self._copy_to_host(flat)
         about = {"meta": meta, "arrays": checkpoint_arrays.shapes(flat)}
         self._whole = self._whole[-1:]  # it stays until this one is whole and proven
@@ -262,7 +274,7 @@ class NearTier:
     def _take(self, request: dict, parts: Iterator[bytes]) -> dict:
         """Write what the process sends whose second copies are kept here."""
         copy = Copy(request["step"], request["start"])
-        if request["process"] != self._kept_for or copy.start != self._start:
+        if request["process"] != self._kept_for or copy.start != self.start:
             return {"error": "it keeps the copies of another process"}
         # Its removal of old copies makes room, so that comes first.
         with self._begun:
@@ -279,7 +291,7 @@ class NearTier:
 
     def _remove(self, copy: Copy) -> None:
         """Remove what this process has written of ``copy``."""
-        if copy.start != self._start:
+        if copy.start != self.start:
             # Of another start, perhaps with other processes: the first one of a host removes it.
             if self._is_first_here():
                 shutil.rmtree(self.files.path(copy.name), ignore_errors=True)

@@ -105,7 +105,17 @@ class Inventory:
         listed, _ = self.files.files(candidate.copy)
         self.here = {file.name: file for file in listed}
         rank = self._together.index(jax.process_index())
-        damaged = []
+        expected = {
+            name
+            for sources in candidate.sources.values()
+            for group, name in sources
+            if group == self.group
+        }
+        damaged = sorted(expected - self.here.keys())
+        self.warnings += [
+            f"the near copy of step {candidate.copy.step}: {self.files.path(name)} is missing"
+            for name in damaged
+        ]
         for file in listed[rank :: len(self._together)]:
             if damage := self.files.damage(file):
                 damaged.append(file.name)

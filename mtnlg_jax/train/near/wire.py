@@ -22,7 +22,7 @@ from absl import logging
 from mtnlg_jax import compat
 
 TIMEOUT = 300  # seconds without a byte after which an exchange has failed; a sync may take some
-GREETING = 10  # seconds that the secret may take
+GREETING = 10  # seconds that a connection and the secret may take
 PIECE = 1 << 22  # bytes read at once
 _LENGTH = struct.Struct("!I")
 
@@ -75,14 +75,20 @@ class Server:
 
 @contextlib.contextmanager
 def connected(addresses: list[tuple[str, int]]) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Yield the two directions of a connection to the first of ``addresses`` that answers."""
+    """Yield the two directions of a connection to the first of ``addresses`` that answers.
+
+    That one is moved to the front, for the next exchange.
+    """
     failure: OSError | None = None
-    for name, port in addresses:
+    for address in list(addresses):
+        name, port = address
         try:
-            link = socket.create_connection((name, port), TIMEOUT)
+            link = socket.create_connection((name, port), GREETING)
         except OSError as error:
             failure = error
             continue
+        link.settimeout(TIMEOUT)
+        addresses[:] = [address, *(each for each in addresses if each != address)]
         with link, link.makefile("rb") as reading, link.makefile("wb", buffering=0) as writing:
             yield reading, writing  # type: ignore[misc]
         return

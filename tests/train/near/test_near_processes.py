@@ -103,25 +103,74 @@ PROCESS = """
 """
 
 
+# Two processes of a host are the replicas of a stage.
+STAGES = """
+    import shutil, sys
+    from near_states import check_equal, state_of
+    from mtnlg_jax.config import Config, MeshConfig, ModelConfig
+    from mtnlg_jax.parallel.mesh import make_mesh
+    from mtnlg_jax.train import processes
+    from mtnlg_jax.train.near.agree import gather
+    from mtnlg_jax.train.near.opening import restore_near
+    from mtnlg_jax.train.near.tier import NearTier
+    from mtnlg_jax.train.state import abstract_state
+
+    me, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    processes.start(f"localhost:{port}", 4, me, 10, local_devices=1)
+    model = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=4, vocab_size=64,
+                        max_position_embeddings=8)
+    config = Config(model=model, mesh=MeshConfig(pipe=2, data=2))
+    mesh = make_mesh(config.mesh)
+    abstract = abstract_state(config, mesh)
+    for lost in (False, True):
+        near = NearTier(folder, 2, "run", mesh, abstract)
+        assert near._peers == {0: 2, 1: 3, 2: 0, 3: 1}
+        assert "for its peer" in near.lines()[0] and "the same host" not in near.lines()[0]
+        if not lost:
+            near.wait()
+            gather(None)
+            near.save(2, state_of(2, abstract), {"identity": {"t": {}}})
+            near.wait()
+            gather(None)
+            near.close()
+            if me == 3:
+                shutil.rmtree(near.files.folder)
+            gather(None)
+    candidates = near.candidates()
+    arrays = candidates[0].about["arrays"]
+    found = near.newest(candidates, 0, {"t": {}}, arrays, lambda *_: None)
+    check_equal(restore_near(near, found, abstract)[0], state_of(2, abstract))
+    near.close()
+    print("done", flush=True)
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Return the near folder that two processes with four devices each have left: of the copy of
     step 4 only what host 0 has."""
     folder = tmp_path_factory.mktemp("near")
+    run_on_hosts(PROCESS, [0, 1], folder)
+    return folder
+
+
+def run_on_hosts(program: str, hosts: list[int], folder: Path) -> None:
+    """Run ``program`` in a process for each of ``hosts``, to its end."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(PROCESS), str(me), str(port), folder],
+            [sys.executable, "-c", textwrap.dedent(program), str(me), str(port), folder],
             env=os.environ
-            | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{HERE.parent}", command.HOST: str(me)}
+            | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{HERE.parent}"}
+            | {command.HOST: str(host)}
             | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        for me in (0, 1)
+        for me, host in enumerate(hosts)
     ]
     try:
         for process in started:
@@ -130,7 +179,11 @@ def folder(tmp_path_factory):
     finally:
         for process in started:
             process.kill()
-    return folder
+
+
+@pytest.mark.slow
+def test_a_lost_host_of_whole_replicas_is_restored_from_the_other_stage_s_host(tmp_path):
+    run_on_hosts(STAGES, [0, 0, 1, 1], tmp_path)
 
 
 @pytest.mark.slow

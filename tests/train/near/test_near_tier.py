@@ -26,7 +26,8 @@ from mtnlg_jax.config import (
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import moments
 from mtnlg_jax.train.checkpoint import Checkpoints
-from mtnlg_jax.train.near import agree, opening
+from mtnlg_jax.train.near import agree, opening, starts
+from mtnlg_jax.train.near.files import Copy
 from mtnlg_jax.train.state import abstract_state
 
 MODEL = ModelConfig(
@@ -214,6 +215,18 @@ def test_a_damaged_copy_is_found_and_the_one_before_is_taken(opened, tmp_path, h
     assert [path.parent.name[:2] for path in files(tmp_path, ".json")] == ["2-"]
 
 
+def test_a_file_that_goes_meanwhile_counts_as_damaged(opened, tmp_path):
+    checkpoints, abstract = opened(2, 2)
+    save(checkpoints, abstract, 2, 4)
+    near = opened(2, 2)[0].near
+    candidates = near.candidates()
+    files(tmp_path, ".json")[-1].unlink()
+    arrays = candidates[0].about["arrays"]
+    found = near.newest(candidates, 0, IDENTITY, arrays, lambda *_: None)
+    assert found.copy.step == 2
+    assert near._inventory.warnings[0].endswith("0.own is missing")
+
+
 def test_the_newer_tier_is_restored(opened, tmp_path):
     checkpoints, abstract = opened(2, 1)
     checkpoints.save(4, state_of(4, abstract), meta_of(4), wait=True)
@@ -254,6 +267,85 @@ def test_copies_after_the_last_comparison_are_distrusted(opened, tmp_path):
     assert not files(tmp_path, ".json") and not files(tmp_path, ".data")
     assert checkpoints.distrust(1) is None
     assert (tmp_path / "run/checkpoints/2.suspect").is_dir()
+
+
+def test_a_near_copy_is_taken_where_every_checkpoint_is_damaged(opened, tmp_path):
+    checkpoints, abstract = opened(2, 1)
+    save(checkpoints, abstract, 2)
+    checkpoints.save(4, state_of(4, abstract), meta_of(4), wait=True)
+    shutil.rmtree(tmp_path / "run/checkpoints/4/params")
+    assert checkpoints.restore(abstract, IDENTITY)[0] == 2
+    shutil.rmtree(tmp_path / "host")
+    with pytest.raises(OSError, match="holds damaged checkpoints only: 4.damaged"):
+        checkpoints.restore(abstract, IDENTITY)
+
+
+def test_a_checkpoint_of_the_same_step_is_proven_and_given_up_as_well(opened, tmp_path):
+    checkpoints, abstract = opened(2, 1)
+    folder = tmp_path / "run/checkpoints"
+    checkpoints.save(2, state_of(2, abstract), meta_of(2), wait=True)
+    for step in (4, 6):
+        save(checkpoints, abstract, step, proven=False)
+        checkpoints.save(step, state_of(step, abstract), meta_of(step), wait=True, proven=False)
+        checkpoints, abstract = opened(2, 1)
+        assert checkpoints.restore(abstract, IDENTITY)[0] == step
+        assert "near copy" not in str(checkpoints.warnings)
+        assert not (folder / f"{step}/finite").exists()
+        if step == 4:
+            checkpoints.prove()
+            checkpoints.wait()
+            assert (folder / "4/finite").exists()
+    assert checkpoints.give_up() == 4
+    assert (folder / "6.diverged").is_dir()
+
+
+def test_a_copy_that_a_later_start_has_left_behind_is_not_taken(opened, tmp_path, caplog):
+    """Its host was away, or the later start had no near tier."""
+    checkpoints, abstract = opened(2, 1)
+    assert checkpoints.restore(abstract, IDENTITY) is None
+    checkpoints.save(2, state_of(2, abstract), meta_of(2), wait=True)
+    save(checkpoints, abstract, 8)
+    checkpoints.close()
+    with contextlib.closing(Checkpoints(tmp_path / "run/checkpoints")) as without:
+        assert without.restore(abstract, IDENTITY)[0] == 2
+        without.save(4, state_of(4, abstract), meta_of(4), wait=True)
+    checkpoints, abstract = opened(2, 1)
+    assert checkpoints.restore(abstract, IDENTITY)[0] == 4
+    assert "near copies of step 8 are left out: a later start went on from" in caplog.text
+    assert not files(tmp_path, ".json")
+    # One of a start behind that counts.
+    save(checkpoints, abstract, 6)
+    assert opened(2, 1)[0].restore(abstract, IDENTITY)[0] == 6
+
+
+def test_starts_leave_copies_behind():
+    def current(known) -> dict[str, list[int]]:
+        steps = (20, 30, 33, 36, 60, 61)
+        return {
+            start: [step for step in steps if starts.is_current(known, Copy(step, start))]
+            for start in "abcx"
+        }
+
+    known: starts.Starts = []
+    assert current(known)["x"] == [20, 30, 33, 36, 60, 61]  # of before there were records
+    for start, step in (("a", 0), ("b", 30), ("b", 35), ("c", 60)):  # b went back once
+        known = starts.going_on(known, start, step)
+    assert current(known) == {
+        "a": [20, 30],
+        "b": [20, 30, 33, 36, 60],
+        "c": [20, 30, 33, 36, 60, 61],
+        "x": [],
+    }
+    known = starts.going_on(known, "d", 34)
+    assert current(known) == {"a": [20, 30], "b": [20, 30, 33], "c": [], "x": []}
+    assert starts.going_on(known, "e", 0) == [("e", 0)]
+
+
+def test_a_run_without_a_near_tier_has_no_file_of_starts(opened, tmp_path):
+    _, abstract = opened(2, 1)
+    with contextlib.closing(Checkpoints(tmp_path / "other")) as without:
+        assert without.restore(abstract, IDENTITY) is None
+    assert not (tmp_path / "other/near_starts").exists()
 
 
 def test_a_copy_passes_the_checks_of_a_checkpoint(opened):
@@ -370,6 +462,26 @@ def test_a_disk_without_room_is_refused_with_the_bytes(opened, tmp_path, monkeyp
     assert "has room for one copy" in caplog.text
 
 
+def test_an_empty_folder_goes_once_every_process_has_looked(opened, tmp_path, monkeypatch):
+    """Others may have just made it."""
+    there = []
+    real = agree.gather
+
+    def gather(value):
+        there.append(len(list((tmp_path / "host").glob("*"))))
+        return real(value)
+
+    monkeypatch.setattr(agree, "gather", gather)
+    opened(2, 1)
+    assert 1 in there and not list((tmp_path / "host").iterdir())
+
+
+def test_a_folder_has_one_name_whatever_its_path(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert agree.folder(tmp_path / "a") == agree.folder(tmp_path / "b") != agree.folder(tmp_path)
+
+
 def test_folders_that_are_no_near_folder_are_refused(opened, tmp_path):
     for folder, message in (("", "needs train.near_folder"), ("gs://b/near", "is an object store")):
         train = dataclasses.replace(TRAIN, near_folder=folder)
@@ -405,10 +517,21 @@ class Grid:
         ((1, 4, 1, 1, 2), 2, "aaaa", {0: 1, 1: 2, 2: 3, 3: 0}),
         ((2, 2, 1, 1, 2), 2, "abcd", {0: 1, 1: 0, 2: 3, 3: 2}),
         ((1, 2, 1, 1, 4), 2, "aabb", {0: 2, 1: 3, 2: 0, 3: 1}),  # a replica spans processes
+        ((2, 2, 1, 1, 2), 2, "aabb", {0: 2, 1: 3, 2: 0, 3: 1}),  # replicas are within a host
+        ((1, 3, 1, 1, 2), 2, "aab", {0: 1, 1: 2, 2: 0}),  # one has to be on the same host
     ],
 )
 def test_peers_are_in_the_next_replica_on_another_host(sizes, devices, hosts, expected):
     assert agree.peers_of(Grid(*sizes, of_a_process=devices), list(hosts)) == expected
+
+
+def test_the_start_says_how_many_peers_are_on_the_same_host(opened, monkeypatch):
+    near = opened(2, 1)[0].near
+    monkeypatch.setattr(near, "_peers", {0: 1, 1: 2, 2: 0})
+    for hosts, said in (("aab", "; 1 of 3 peers are on"), ("aaa", "; peers are on"), ("abc", None)):
+        monkeypatch.setattr(near, "_hosts", list(hosts))
+        line = near.lines()[0]
+        assert f"{said} the same host" in line if said else "the same host" not in line
 
 
 def test_what_another_host_holds_is_not_sent():

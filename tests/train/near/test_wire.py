@@ -35,6 +35,29 @@ def test_both_directions(served):
     assert requests[1]["data"] == b"123"
 
 
+def test_the_address_that_answers_is_the_first_of_the_next_exchange(served, monkeypatch):
+    server, _ = served
+    addresses = [("nowhere", 1), *server.addresses]
+    tried = []
+    real = socket.create_connection
+
+    def connect(address, timeout):
+        tried.append((address, timeout))
+        if address == ("nowhere", 1):
+            raise OSError("no route")
+        links.append(real(address, timeout))
+        return links[-1]
+
+    links = []
+    monkeypatch.setattr(socket, "create_connection", connect)
+    for _ in range(2):
+        with wire.connected(addresses):
+            assert links[-1].gettimeout() == wire.TIMEOUT
+    good = server.addresses[0]
+    assert tried == [(each, wire.GREETING) for each in (("nowhere", 1), good, good)]
+    assert sorted(addresses) == sorted([("nowhere", 1), good])
+
+
 # A header, which is read by its length, with a secret that is not ASCII.
 HEADER = b'{"secret": "\\u00e9", "kind": "give", "file": "x"}'
 
