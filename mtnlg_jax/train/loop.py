@@ -93,6 +93,7 @@ def train(
         checkpoints = resources.enter_context(closing(open_checkpoints(config, workdir, mesh)))
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.has_any())
         watch = watching.Watching(config, mesh, data.tokenizer, workdir, samples, watchdog, stop)
+        resources.callback(watch.fail)
         teachers = init_from.load_teachers(config, mesh)
         identity = identity_of_data(config, data) | init_from.identity_of(config, teachers)
         config, first, state, ledger, meta = _begin(
