@@ -1,5 +1,6 @@
 """Pages of results: HTML that is readable without a network and without scripts."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,27 @@ def render(
     What it shows is escaped, and a name that it is not given is an error. ``launch`` is the script
     that writes the page: see `generator`.
     """
-    import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([path.parent, _SHARED]),
+    environment = _environment(path.parent)
+    environment.filters |= filters or {}
+    environment.tests |= tests or {}
+    return environment.get_template(path.name).render(generator=Markup(generator(launch)), **shown)
+
+
+@functools.cache
+def _environment(folder: Path) -> Any:
+    """Return what keeps the templates of ``folder`` compiled: that takes longer than to fill them
+    in."""
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([folder, _SHARED]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= filters or {}
-    environment.tests |= tests or {}
-    return environment.get_template(path.name).render(generator=Markup(generator(launch)), **shown)
 
 
 def generator(launch: str) -> str:

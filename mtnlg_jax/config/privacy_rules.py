@@ -1,5 +1,7 @@
 """Rules of differential privacy: what would break the guarantee is refused."""
 
+from typing import Any
+
 from mtnlg_jax.config.checks import Rules, check_rules, refuse_changed
 from mtnlg_jax.config.schema import Config
 
@@ -58,6 +60,17 @@ _RULES: Rules = (
         "these",
     ),
 )
+
+
+def noise_keys(settings: dict[str, Any]) -> set[str]:
+    """Return the keys of ``settings``, as config.json has them, that are not for publication: with
+    them the noise of differential privacy could be taken away. These are the path of the secret
+    and, where there is none, the seed."""
+    optimizer = settings.get("optimizer", {})
+    target = optimizer.get("dp_target_epsilon") is not None
+    private = target or optimizer.get("dp_noise_multiplier", 0) > 0
+    seed = {"train.seed"} if private and not optimizer.get("dp_secret") else set()
+    return {"optimizer.dp_secret"} | seed
 
 
 def check_privacy(config: Config) -> None:

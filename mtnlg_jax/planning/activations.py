@@ -16,7 +16,8 @@ def stage_input(config: Config, layout: Layout) -> float:
 
 
 def kept(config: Config, layout: Layout) -> float:
-    """Return the bytes that the layers of a stage keep for the backward pass."""
+    """Return the bytes that the layers of a stage, or of one chunk of it, keep for the backward
+    pass."""
     model = config.model
     policy = POLICIES[layout.recompute]
     layers = model.num_layers // layout.pipe / layout.virtual_pipe

@@ -246,9 +246,9 @@ class Job:
             "update": (12 * (blocks + rest) + 2 * sum(of_moments[:2])) / chip.memory_speed,
         }
         # Moments cross the link to the host while nothing is computed; activations while products
-        # are, and take longer than these or not at all.
+        # are, and take longer than these or not at all. A micro-batch passes each chunk of a stage.
         crossing = (
-            2 * activations.kept(self.config, layout) * used
+            2 * activations.kept(self.config, layout) * layout.virtual_pipe * used
             if offloads_activations(self.config)
             else 0.0
         )

@@ -98,8 +98,9 @@ def _candidates(config: Config, topology: Topology, devices: int, step: str):
             for zero in ((1, 3) if mesh.pipe == 1 else (1,))
             if mesh.zero < zero
         )
-        if train.offload == "none":
-            yield from (of(f"train.offload={part}") for part in ("moments", "both"))
+        if train.offload != "both":
+            parts = ("moments", "both") if train.offload == "none" else ("both",)
+            yield from (of(f"train.offload={part}") for part in parts)
         if config.optimizer.moments_dtype == "float32":
             yield of("optimizer.moments_dtype=bfloat16")
     if step == "train" and config.model.moe.num_moe_experts:

@@ -113,6 +113,7 @@ class Course:
         self.watchdog.enter("step")  # its time runs until the next step has been started
         self.reporter.pending = (self.done, metrics, sequences)  # fetched one step later
         self.done += 1
+        self.watching.ended(self.state, self.done)
         stopping = self.vote(self.stop.is_set())  # the same answer in every process
         if processes.several() and self._is_due(self.config.train.compare_every):
             fingerprints = self.data.fingerprints
@@ -147,6 +148,7 @@ class Course:
         first = self.done
         with self.watchdog.clock.during("evaluation"):
             self.score_tasks.catch_up(self.state.params, first, self.show_progress)
+        self.watching.catch_up(self.state, first, self.show_progress)
         if first == self.config.train.steps:
             # A finished run was started again, and its last evaluation was lost.
             if not processes.run_on_first(lambda: self.log.has("eval", first)):

@@ -190,8 +190,11 @@ def write(config: Config, workdir: str, first: int) -> None:
     line = json.dumps(start, ensure_ascii=False) + "\n"
     # Before config.json is replaced: a kill in between repeats a change in the next line instead of
     # losing it.
-    with open(os.path.join(workdir, "starts.jsonl"), "ab") as file:
-        file.write(line.encode(errors="backslashreplace"))
+    with open(os.path.join(workdir, "starts.jsonl"), "a+b") as file:
+        # A kill or a full disk may have torn the last line: this one must not become its end.
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        torn = file.read() not in (b"", b"\n")
+        file.write(b"\n" * torn + line.encode(errors="backslashreplace"))
     described = json.dumps(now | found, indent=1, ensure_ascii=False)
     write_file(workdir, "config.json", text.encode())
     write_file(workdir, "data.json", _data(config))

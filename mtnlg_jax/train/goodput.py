@@ -15,7 +15,8 @@ Steps are dispatched ahead of the devices: "steps" is the time in which the loop
 result, starts a step or makes a batch while the devices are busy. Of all starts together there is
 one more class:
 
-- down: between the last sign of life of a start and the beginning of the next one.
+- down: between the last sign of life of a start and the beginning of the next one, and while the
+  machine was suspended.
 
 The idea of counting so: Google's ML Productivity Goodput (2024).
 """
@@ -101,10 +102,11 @@ class Clock:
         A step that ends meanwhile leaves half of it to each class, since nobody saw the moment.
         """
         busy_before = _is_busy(pending)
-        began = time.perf_counter()
         with self.during("data"):
+            # Inside, so that what is hidden is no more than what was counted.
+            began = time.perf_counter()
             yield
-        seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - began
         self.batch_seconds += seconds
         self.batches += 1
         hidden = (busy_before + _is_busy(pending)) / 2 * seconds
@@ -172,14 +174,19 @@ class History:
                 continue
             self._open(began)
             counted = began
+            at = began
             if record:
                 counted += record["seconds"]
+                # By the time of day, as what follows. Where that went on without the seconds of
+                # the start, the machine was suspended, or its clock was set.
+                at = record.get("time", counted)
+                self._down += max(0.0, at - counted)
                 for name in CLASSES:
                     self.seconds[name] += record["seconds"] * record.get(name, 0.0)
             reached = (following.get("reached") or {}).get("time")
             # A start that wrote no record shows the time of the start before it.
-            self._end = max(counted, reached or counted)
-            self.seconds["lost"] += self._end - counted
+            self._end = max(at, reached or at)
+            self.seconds["lost"] += self._end - at
 
     def _open(self, began: float) -> None:
         if self.began is None:
@@ -205,16 +212,23 @@ def _date(start: dict) -> float | None:
 
 def read_starts(workdir: str) -> list[dict]:
     """Return the lines of starts.jsonl; damaged ones are left out, and [] without a file."""
-    found = []
     try:
-        with open(os.path.join(workdir, "starts.jsonl"), encoding="utf-8") as file:
-            for line in file:
-                with contextlib.suppress(ValueError):
-                    start = json.loads(line)
-                    if isinstance(start, dict):
-                        found.append(start)
+        with open(os.path.join(workdir, "starts.jsonl"), "rb") as file:
+            return starts_of(file.read())
     except OSError:
-        pass
+        return []
+
+
+def starts_of(content: bytes) -> list[dict]:
+    """Return the lines of a starts.jsonl without damaged ones: a start whose line is torn has done
+    nothing, and the next line repeats what it changed."""
+    found = []
+    # Bytes, since a line may be torn within a letter.
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            start = json.loads(line.strip(b"\0"))
+            if isinstance(start, dict):
+                found.append(start)
     return found
 
 

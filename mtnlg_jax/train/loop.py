@@ -95,6 +95,7 @@ def train(
         spikes.drop_near(workdir, checkpoints.near)
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.has_any())
         watch = watching.Watching(config, mesh, data.tokenizer, workdir, samples, watchdog, stop)
+        resources.callback(watch.fail)
         teachers = init_from.load_teachers(config, mesh)
         identity = identity_of_data(config, data) | init_from.identity_of(config, teachers)
         config, first, state, ledger, meta = _begin(

@@ -137,8 +137,8 @@ class MetricsLog:
 
         That is in seconds since 1970 (UTC); with the dates of starts.jsonl it tells how long the
         run took. The other numbers go to the trackers under kind/name, those of statistics by layer
-        under stats/name/layer. A number that is not finite is null in the file, because JSON cannot
-        express it.
+        under stats/name/layer, those by parameter nowhere. A number that is not finite is null in
+        the file, because JSON cannot express it.
         """
         record = record | {"time": round(time.time(), 3)}
         self.records.append(record)

@@ -45,12 +45,13 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, number: int, before: Any) -> Iterator[None]:
-        """Mark the body as step ``number``, counted from 1, and open or close a window ahead of it.
+        """Mark the body as step ``number``, counted from 1, and open a window ahead of it, or close
+        one to which it does not belong.
 
         ``before`` are results of the step before: an open window waits for them before it closes,
         since a step is dispatched ahead of the devices.
         """
-        # After it, or before it again: a run that goes back must not record all of its way.
+        # Before its first step again: a run that goes back must not record all of its way.
         if self._window is not None and number not in self._window:
             self._close(before)
         if self._window is None and not self._failed:
@@ -58,8 +59,15 @@ class Profiler:
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
 
-    def close(self, before: Any) -> None:
-        """Close a window that is still open when the run ends, after ``before``."""
+    def ended(self, number: int, after: Any) -> None:
+        """Close a window whose last step is ``number``, once its results ``after`` are there: what
+        the run does before its next step is not part of the window."""
+        if self._window is not None and number == self._window[-1]:
+            self._close(after)
+
+    def close(self, before: Any = ()) -> None:
+        """Close a window that is still open when the run ends, after ``before``; without waiting
+        for anything where the run fails."""
         if self._window is not None:
             self._close(before)
 

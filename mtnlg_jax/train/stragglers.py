@@ -138,7 +138,10 @@ class Stragglers:
         """Return the seconds of a batch and of a step, means since the last comparison."""
         clock = self._clock
         spent = clock.total()
-        now = (clock.batches, clock.batch_seconds, spent["steps"] + spent["data"])
+        # Also what was lost: a run that goes back moves seconds of steps there, and their sum never
+        # falls.
+        steps = spent["steps"] + spent["data"] + spent["lost"]
+        now = (clock.batches, clock.batch_seconds, steps)
         number, batch, steps = (new - old for new, old in zip(now, self._before, strict=True))
         self._before = now
         return (batch / number, round(steps / number, 6)) if number else (math.nan, 0.0)

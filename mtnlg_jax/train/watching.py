@@ -67,6 +67,14 @@ class Watching:
         with self._profiler.step(done + 1, state.step):
             yield
 
+    def ended(self, state: TrainState, done: int) -> None:
+        """Note that step ``done`` has been started, whose result is ``state``."""
+        self._profiler.ended(done, state.step)
+
+    def fail(self) -> None:
+        """Close what is open, also where the run fails."""
+        self._profiler.close()
+
     def compare(self, done: int) -> None:
         """Compare the speed of the processes; all of them call this."""
         self._log.write(self._stragglers.compare(done))
@@ -75,6 +83,13 @@ class Watching:
         """Return whether the prompts are to be continued after ``done`` steps."""
         every = self._config.train.sample_every
         return self._write is not None and done > 0 and is_due(self._config.train, every, done)
+
+    def catch_up(self, state: TrainState, done: int, show_progress: bool) -> None:
+        """Continue the prompts with the ``state`` that a run goes on from if that is due and has no
+        record: a signal leaves no time for it."""
+        if self.writes_samples(done):
+            if not processes.run_on_first(lambda: self._log.has(samples.KIND, done)):
+                self.sample(state, done, show_progress)
 
     def sample(self, state: TrainState, done: int, show_progress: bool) -> None:
         """Continue the prompts, and write the record. All processes call this."""
@@ -100,6 +115,6 @@ class Watching:
             return
         # A page that cannot be written is no reason to call a finished run failed.
         try:
-            build.write(self._workdir)
+            build.write(self._workdir, records=self._log.records)
         except Exception as error:
             logging.warning("report.html was not written: %s", error)

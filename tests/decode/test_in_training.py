@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import sys
 
 import jax
@@ -21,7 +22,9 @@ from mtnlg_jax.decode.generate import generate
 from mtnlg_jax.decode.in_training import RunSamples
 from mtnlg_jax.decode.load import load_decoder
 from mtnlg_jax.train import goodput, loop
+from mtnlg_jax.train.course import Course
 from mtnlg_jax.train.metrics import read_metrics
+from mtnlg_jax.train.report import files
 
 PROMPTS = ("the whale swam", "nobody")
 
@@ -81,7 +84,13 @@ def run(prepared, tmp_path_factory):
     first = loop.train(config_of(prepared, steps=2, **none), workdir, False)
     assert first.time.startswith("time of this start") and "since" not in first.time
     config = config_of(prepared)
-    second = loop.train(config, workdir, False, samples=RunSamples(config))
+
+    def refuse(path):
+        raise AssertionError("the records are in memory, and may be many")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "read_metrics", refuse)
+        second = loop.train(config, workdir, False, samples=RunSamples(config))
     assert "since the first start" in second.time
     return workdir
 
@@ -101,8 +110,9 @@ def assert_samples_of_checkpoint(run, record):
 
 
 def test_samples_are_those_of_the_checkpoint(run):
-    (found,) = records_of(run, "samples")
-    assert found["step"] == 4
+    # Those of step 2 are of the second start, which made up for them, as after a signal.
+    caught_up, found = records_of(run, "samples")
+    assert (caught_up["step"], found["step"]) == (2, 4)
     assert_samples_of_checkpoint(run, found)
 
 
@@ -136,6 +146,28 @@ def test_the_profiler_and_the_page_leave_their_files(run):
     with open(os.path.join(run, "report.html"), encoding="utf-8") as file:
         page = file.read()
     assert "the whale swam" in page and "start 2" in page
+
+
+def test_a_window_holds_no_save_and_ends_with_a_run_that_fails(prepared, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: done.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: done.append("stop"))
+    real = loop.batch_at
+
+    def batch_at(config, mesh, data, step, samples):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)  # a window of the next five steps
+        if step == 2:
+            raise ValueError("no more data")
+        return real(config, mesh, data, step, samples)
+
+    monkeypatch.setattr(loop, "batch_at", batch_at)
+    monkeypatch.setattr(Course, "_evaluate_and_save", lambda *_: done.append("save"))
+    none = {"sample_prompts": (), "sample_every": 200, "sample_tokens": 48}
+    config = config_of(prepared, profile_steps=(1, 1), profile_signal="SIGUSR1", **none)
+    with pytest.raises(ValueError, match="no more data"):
+        loop.train(config, str(tmp_path), False)
+    assert done == ["start", "stop", "save", "start", "save", "stop"]
 
 
 @pytest.mark.parametrize(

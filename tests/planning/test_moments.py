@@ -78,6 +78,27 @@ def test_activations_cost_time_only_beyond_the_products():
     assert many.host(layout)["activations"] == pytest.approx(plain, rel=0.1)
 
 
+def test_activations_of_every_chunk_of_a_stage_cross_the_link():
+    planner, layout = job("train.offload=activations", "train.recompute=none")
+    layout = layout._replace(data=2, pipe=4, zero=1)
+    on_link = []
+    for chunks in (1, 2, 4):
+        seconds = planner.seconds(layout._replace(virtual_pipe=chunks))[0]
+        assert seconds["host"] > 0
+        # Products hide the rest of it.
+        on_link.append(seconds["host"] + seconds["compute"] + seconds["recompute"])
+    assert on_link == pytest.approx([on_link[0]] * 3)
+
+
+def test_offload_of_both_is_suggested_where_one_part_is_on_the_host():
+    for part in ("activations", "moments"):
+        started = config(f"train.offload={part}", "optimizer.moments_dtype=bfloat16")
+        found = suggest.suggest(started, parse("v5e:2x4"), 8, 20 * GIB, 19 * GIB, "train")
+        flags = [" ".join(change.flags) for change in found]
+        assert "--set=train.offload=both" in flags
+        assert "--set=train.offload=moments" not in flags
+
+
 def test_offload_is_suggested_as_a_way_out():
     changes = suggest.suggest(config(), parse("v5e:2x4"), 8, int(20.93 * GIB), 15 * GIB, "train")
     flags = [" ".join(change.flags) for change in changes]

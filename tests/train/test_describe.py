@@ -20,6 +20,7 @@ from mtnlg_jax.config import (
 )
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import describe
+from mtnlg_jax.train.goodput import read_starts
 from mtnlg_jax.train.metrics import MetricsLog
 
 CONFIG = Config(
@@ -115,6 +116,20 @@ def test_the_folder_records_every_start(tmp_path, monkeypatch):
     ):
         assert name in names
     assert "pip install tensorboard" in names
+
+
+def test_a_torn_line_takes_no_other_start_with_it(tmp_path):
+    path = tmp_path / "starts.jsonl"
+    describe.write(CONFIG, str(tmp_path), 0)
+    before = (tmp_path / "config.json").read_bytes()
+    describe.write(changed(seed=3), str(tmp_path), 25)
+    # Killed while it appended its line, before it replaced config.json.
+    path.write_bytes(path.read_bytes()[:-20])
+    (tmp_path / "config.json").write_bytes(before)
+    describe.write(changed(seed=3), str(tmp_path), 25)
+    assert len(path.read_bytes().splitlines()) == 3 and path.read_bytes().endswith(b"}\n")
+    first, second = read_starts(str(tmp_path))
+    assert first["step"] == 0 and second["changed"] == {"train.seed": [0, 3]}
 
 
 def test_a_start_records_its_devices_and_how_far_the_one_before_came(tmp_path):

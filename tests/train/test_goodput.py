@@ -93,6 +93,15 @@ def test_a_batch_counts_as_data_where_the_devices_wait_for_it(passes, before, wa
     assert clock.batch_seconds == 4 and clock.batches == 1
 
 
+def test_data_that_devices_did_not_wait_for_take_no_less_than_no_time(monkeypatch):
+    looks = iter(range(1000, 2000))  # each look at the clock takes a second
+    monkeypatch.setattr(goodput.time, "perf_counter", lambda: next(looks))
+    clock = goodput.Clock()
+    with clock.batch(pending(False, False)):
+        pass
+    assert clock.seconds["data"] >= 0 and clock.seconds["steps"] > 0
+
+
 def test_steps_after_the_checkpoint_of_a_rewind_are_lost(passes):
     clock = goodput.Clock()
     passes(7)
@@ -151,6 +160,33 @@ def test_lost_steps_and_gaps_of_earlier_starts_are_counted(passes):
     }
     assert sum(found.values()) == 300 - 100  # since the first start
     assert sum(goodput.shares(found).values()) == pytest.approx(1)
+
+
+def test_time_in_which_the_machine_was_suspended_is_down_and_not_lost(passes):
+    # 40 of the seconds of start 0 had passed when it was stopped, and 100 of the day's.
+    records = [record(0, 100.0, 40.0, step=10, steps=1.0, time=200.0)]
+    now = {"step": 10, "reached": {"step": 10, "time": 200.0}}
+    passes.now = 250.0
+    clock = goodput.Clock()
+    passes(50)
+    found = goodput.History([{}], records, now).total(clock)
+    assert found["lost"] == 0 and found["steps"] == 40 and found["down"] == 60 + 50
+    assert sum(found.values()) == 300 - 100
+    # A clock that was set back takes nothing away.
+    records[0]["time"] = now["reached"]["time"] = 120.0
+    found = goodput.History([{}], records, now).total(clock)
+    assert found["lost"] == 0 and found["steps"] == 40 and found["down"] == 130
+    assert sum(goodput.shares(found).values()) == pytest.approx(1)
+
+
+def test_a_line_that_is_torn_within_a_letter_is_left_out(tmp_path):
+    torn = '{"step": 4, "command": "鲸'.encode()[:-1]
+    whole = '{"step": 4, "command": "鲸"}'.encode()
+    path = tmp_path / "starts.jsonl"
+    path.write_bytes(b"\n".join([b'{"step": 0}', torn, b"\0\0" + whole, b"[1]", b""]))
+    found = goodput.read_starts(str(tmp_path))
+    assert found == [{"step": 0}, {"step": 4, "command": "鲸"}]
+    assert goodput.read_starts(str(tmp_path / "elsewhere")) == []
 
 
 def test_a_clean_stop_loses_nothing(passes):

@@ -56,6 +56,16 @@ def test_a_window_that_is_open_at_the_end_is_closed(tmp_path, traced):
     assert traced.count(("stop",)) == 1 and traced[-1] == ("stop",)
 
 
+def test_a_window_ends_with_its_last_step(tmp_path, traced):
+    made, _ = profiler_of(tmp_path, profile_steps=(3, 4))
+    for number in range(1, 6):
+        run(made, [number], traced)
+        made.ended(number, ())
+        traced.append("saved")
+    opens = ("start", "step_000003_process_0")
+    assert traced[4:] == [opens, 3, "saved", 4, ("stop",), "saved", 5, "saved"]
+
+
 def test_a_run_that_goes_back_before_a_window_closes_it(tmp_path, traced):
     made, _ = profiler_of(tmp_path, profile_steps=(3, 9))
     run(made, [3, 4, 5, 3, 4, 2, 3], traced)

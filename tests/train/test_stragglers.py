@@ -110,6 +110,21 @@ def test_a_slow_device_is_named_and_a_short_batch_does_not_matter(comparing, cap
     assert not caplog.records  # a fifth of a thousandth of the step
 
 
+def test_a_run_that_goes_back_makes_no_process_slow(comparing, caplog):
+    # A fiftieth of a step more than the others: too little to matter.
+    little = [[0.001, 0.002, 0], [0.003, 0.002, 0], [0.001, 0.002, 0]]
+    made, clock, _ = comparing(little, little, little)
+    for step in (100, 200, 300):
+        clock.batches += 10
+        clock.batch_seconds += 0.01
+        clock.seconds["steps"] += 1.0
+        if step > 100:
+            clock.rewound(0)
+        record = made.compare(step)
+        assert record["step_seconds"] == pytest.approx(0.1, rel=0.05)
+    assert not caplog.records
+
+
 def test_a_probe_that_fails_leaves_the_comparison_whole(comparing, monkeypatch):
     import jax
 

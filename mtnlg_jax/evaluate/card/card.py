@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from huggingface_hub import ModelCardData
 
+from mtnlg_jax.config.privacy_rules import noise_keys
 from mtnlg_jax.evaluate.card.about import STATEMENT, USES, Stated
 from mtnlg_jax.evaluate.card.compute_facts import Energy, compute_sections
 from mtnlg_jax.evaluate.card.data_facts import data_sections, languages
@@ -17,6 +18,7 @@ from mtnlg_jax.evaluate.card.run_files import (
     CONFIG,
     ENVIRONMENT,
     RunFiles,
+    command_without,
     command_without_folders,
     read_run,
 )
@@ -137,7 +139,12 @@ def _environment(facts: Facts, run: RunFiles, show_paths: bool) -> Section:
         section.blocks.append("The run does not record its environment.")
         return section
     found = run.content[ENVIRONMENT]
-    short = None if show_paths else command_without_folders
+    hidden = noise_keys(run.content[CONFIG])
+
+    def short(command: str) -> str:
+        command = command_without(command, hidden)
+        return command if show_paths else command_without_folders(command)
+
     listed = [
         facts.read(ENVIRONMENT, pointer("versions", name), f"Version of {name}")
         for name in found.get("versions", {})

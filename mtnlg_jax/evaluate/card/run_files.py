@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
@@ -225,6 +226,13 @@ def without_folders(path: str) -> str:
     if path.startswith(("/", "~")):
         return os.path.basename(path.rstrip("/"))
     return _FOLDERS.sub("", path)
+
+
+def command_without(command: str, keys: Iterable[str]) -> str:
+    """Return a command without the values of the settings ``keys``."""
+    names = "|".join(map(re.escape, keys))
+    words = [re.sub(f"^(.*(?:{names})=).*", r"\1...", word) for word in shlex.split(command)]
+    return shlex.join(words)
 
 
 def command_without_folders(command: str) -> str:

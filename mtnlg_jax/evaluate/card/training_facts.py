@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 
+from mtnlg_jax.config.privacy_rules import noise_keys
 from mtnlg_jax.evaluate.card.facts import Fact, Facts, pointer
 from mtnlg_jax.evaluate.card.page import Cell, Section
 from mtnlg_jax.evaluate.card.run_files import CONFIG, METRICS, STARTS, RunFiles, without_folders
@@ -162,10 +163,11 @@ def _epochs(facts: Facts, run: RunFiles) -> Iterator[Fact]:
 
 def _chosen(facts: Facts, run: RunFiles, part: str, labels: dict[str, str]) -> list[Fact]:
     given = run.content[CONFIG].get(part, {})
+    hidden = noise_keys(run.content[CONFIG])
     return [
         facts.read(CONFIG, pointer(part, key), label)
         for key, label in labels.items()
-        if key in given
+        if key in given and f"{part}.{key}" not in hidden
     ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mtnlg_jax import storage
 from mtnlg_jax.config import Config, from_json, override
 from mtnlg_jax.config.load import map_paths
+from mtnlg_jax.train.goodput import starts_of
 
 # Settings that --set may replace, beside those of mesh: where the data are. Others would make it
 # another step.
@@ -65,11 +66,10 @@ class Settings:
 
 
 def _starts(content: bytes) -> list[tuple[int, dict, str]]:
-    """Return (first step, all settings, folder) of each start; [] if a line cannot be read."""
+    """Return (first step, all settings, folder) of each start; [] if one cannot be made out."""
     found: list[tuple[int, dict, str]] = []
     try:
-        for line in content.decode().splitlines():
-            record = json.loads(line)
+        for record in starts_of(content):
             if "config" in record:
                 settings = record["config"]
             else:

@@ -9,14 +9,21 @@ from mtnlg_jax import pages
 from mtnlg_jax.storage import write_file
 from mtnlg_jax.train import goodput
 from mtnlg_jax.train.report import charts, content
-from mtnlg_jax.train.report.files import RunFiles, differences, flat, read_run
+from mtnlg_jax.train.report.files import RunFiles, differences, hidden_keys, public, read_run
 
 NAME = "report.html"
 
 
-def write(workdir: str, compare: str | None = None, output: str | None = None) -> str:
+def write(
+    workdir: str,
+    compare: str | None = None,
+    output: str | None = None,
+    records: list[dict] | None = None,
+) -> str:
     """Write the report of the run in ``workdir``, beside that of ``compare`` if that is given, and
     return its path: ``output``, or report.html in the folder of the run.
+
+    ``records`` are those of its metrics.jsonl, where they are in memory.
 
     Raises ValueError where one of them is not the folder of a run, or ``output`` is a folder.
     """
@@ -24,7 +31,7 @@ def write(workdir: str, compare: str | None = None, output: str | None = None) -
         raise ValueError(
             f"--output={output} is a folder; name a file, such as {os.path.join(output, NAME)}"
         )
-    run = read_run(workdir)
+    run = read_run(workdir, records)
     other = read_run(compare) if compare else None
     path = output or os.path.join(workdir, NAME)
     folder, name = os.path.split(path)
@@ -38,7 +45,7 @@ def render(run: RunFiles, other: RunFiles | None = None) -> str:
     return pages.render(
         Path(__file__).with_name("page") / "report.html",
         "launch/report.py",
-        filters={"value": _value, "duration": _duration},
+        filters={"setting": _setting, "duration": _duration},
         run=run,
         other=other,
         facts=_facts(run),
@@ -50,9 +57,9 @@ def render(run: RunFiles, other: RunFiles | None = None) -> str:
         further=content.further_charts(runs),
         spikes=content.spikes_of(run),
         samples=content.samples_of(run),
-        starts=[_start(start) for start in run.starts],
+        starts=[_start(start, hidden_keys(run)) for start in run.starts],
         differences=differences(run, other) if other else [],
-        settings=flat(run.config),
+        settings=public(run),
         size=charts,
     )
 
@@ -68,7 +75,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     if evaluations:
         last = evaluations[-1]
         losses = [
-            f"{name.replace('_', ' ')} {_value(last[name])}"
+            f"{name.replace('_', ' ')} {_figure(last[name])}"
             for name in ("causal_loss", "perplexity", "bits_per_byte", "masked_loss")
             if name in last
         ]
@@ -87,8 +94,9 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     return found
 
 
-def _start(start: dict) -> dict[str, Any]:
-    """Return the row of a start: what it began with, and the settings that it changed."""
+def _start(start: dict, hidden: set[str]) -> dict[str, Any]:
+    """Return the row of a start: what it began with, and the settings that it changed but for those
+    that are ``hidden``."""
     devices = start.get("devices") or {}
     changed = start.get("changed") or {}
     return {
@@ -97,13 +105,16 @@ def _start(start: dict) -> dict[str, Any]:
         "devices": f"{devices.get('count', '')} {devices.get('kind', '')}".strip(),
         "processes": start.get("processes", ""),
         "commit": str(start.get("commit") or "")[:12],
-        "changed": [(key, *pair) for key, pair in changed.items()],
+        "changed": [(key, *pair) for key, pair in changed.items() if key not in hidden],
     }
 
 
-def _value(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.5g}"
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.5g}"
+
+
+def _setting(value: Any) -> str:
+    """Return a setting in full: two that differ look different."""
     if value is None:
         return "none"
     return value if isinstance(value, str) else json.dumps(value)

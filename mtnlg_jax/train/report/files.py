@@ -5,6 +5,7 @@ import json
 import os
 from typing import Any
 
+from mtnlg_jax.config.privacy_rules import noise_keys
 from mtnlg_jax.storage import lacking
 from mtnlg_jax.train.goodput import read_starts
 from mtnlg_jax.train.metrics import read_metrics
@@ -29,8 +30,9 @@ class RunFiles:
         return [record for record in self.records if record["kind"] == kind]
 
 
-def read_run(workdir: str) -> RunFiles:
-    """Read the files of a run's folder; it may be running.
+def read_run(workdir: str, records: list[dict] | None = None) -> RunFiles:
+    """Read the files of a run's folder; it may be running. ``records`` are those of its
+    metrics.jsonl, where they are in memory.
 
     Raises ValueError where there is no config.json, or one that is damaged.
     """
@@ -45,7 +47,8 @@ def read_run(workdir: str) -> RunFiles:
         ) from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; start the run again to renew it") from None
-    records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
+    if records is None:
+        records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
     return RunFiles(workdir, records, read_starts(workdir), config)
 
 
@@ -57,11 +60,29 @@ def flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
     return found
 
 
+def hidden_keys(run: RunFiles) -> set[str]:
+    """Return the settings that a report leaves out: `noise_keys` of any start of the run."""
+    hidden = noise_keys(run.config)
+    for start in run.starts:
+        hidden |= noise_keys(start.get("config") or {})
+        secrets = (start.get("changed") or {}).get("optimizer.dp_secret", ())
+        # One of the starts took its noise from the seed.
+        if any(secrets) and not all(secrets):
+            hidden.add("train.seed")
+    return hidden
+
+
+def public(run: RunFiles) -> dict[str, Any]:
+    """Return the settings of the last start by dotted key, without the `hidden_keys`."""
+    hidden = hidden_keys(run)
+    return {key: value for key, value in flat(run.config).items() if key not in hidden}
+
+
 def differences(one: RunFiles, other: RunFiles) -> list[tuple[str, Any, Any]]:
     """Return (key, value of ``one``, value of ``other``) of each setting in which they differ;
-    a setting that one of them lacks is None there."""
-    ours = flat(one.config)
-    theirs = flat(other.config)
+    a setting that one of them lacks or hides is None there."""
+    ours = public(one)
+    theirs = public(other)
     return [
         (key, ours.get(key), theirs.get(key))
         for key in dict.fromkeys([*ours, *theirs])

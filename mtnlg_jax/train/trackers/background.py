@@ -1,5 +1,6 @@
 """Calls of a tracker in a thread of its own: none of them ends a run or slows it."""
 
+import contextlib
 import queue
 import threading
 import time
@@ -13,7 +14,7 @@ from mtnlg_jax.train.trackers.base import RunInfo, Status, Tracker
 WAITING = 2000
 # Between attempts to open a tracker that failed.
 REOPEN_SECONDS = 60.0
-# For the last calls at the end of a run, such as an upload.
+# For the last calls of all trackers at the end of a run, such as an upload.
 FINISH_SECONDS = 30.0
 
 
@@ -30,6 +31,7 @@ class Background:
         self._run = run
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(WAITING)
         self._status: Status = "finished"
+        self._ended = False
         self._dropped = 0
         self._warned: set[str] = set()
         # The monotonic time of the next attempt to open; None once that succeeded.
@@ -52,13 +54,17 @@ class Background:
             self._put(lambda: hide(step))
 
     def finish(self, status: Status) -> None:
-        """Hand over the end, and wait up to `FINISH_SECONDS` until all calls are done."""
-        deadline = time.monotonic() + FINISH_SECONDS
+        """Hand over the end, without waiting where there is room for it."""
         self._status = status
-        try:
-            self._calls.put(None, timeout=FINISH_SECONDS)
-        except queue.Full:
-            pass
+        with contextlib.suppress(queue.Full):
+            self._calls.put_nowait(None)
+            self._ended = True
+
+    def wait(self, deadline: float) -> None:
+        """Wait until all calls are done, or for the monotonic time ``deadline``."""
+        if not self._ended:
+            with contextlib.suppress(queue.Full):
+                self._calls.put(None, timeout=max(0.0, deadline - time.monotonic()))
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._warn("end", f"has not taken everything within {FINISH_SECONDS:.0f} s")

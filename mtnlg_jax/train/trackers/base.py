@@ -70,9 +70,10 @@ def make(name: str) -> Tracker:
     module, _, attribute = path.partition(":")
     try:
         tracker = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # whatever the user's module raises
+        what = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"train.trackers={name}: {error}; give module:Class of a class that Python can import "
+            f"train.trackers={name}: {what}; give module:Class of a class that Python can import "
             f"and make without arguments, or one of {', '.join(_BUILT_IN)}"
         ) from None
     missing = [

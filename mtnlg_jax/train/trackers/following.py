@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 import uuid
 from collections.abc import Iterable
 from types import TracebackType
@@ -11,10 +12,11 @@ from typing import Any
 from absl import logging
 
 from mtnlg_jax.config import Config, to_json
+from mtnlg_jax.config.privacy_rules import noise_keys
 from mtnlg_jax.errors import Preempted
 from mtnlg_jax.storage import write_file
 from mtnlg_jax.train import processes
-from mtnlg_jax.train.trackers import base
+from mtnlg_jax.train.trackers import background, base
 from mtnlg_jax.train.trackers.background import Background
 
 FILE = "trackers.json"
@@ -42,8 +44,8 @@ class Trackers:
     def log(self, record: dict[str, Any]) -> None:
         """Hand over the numbers of a record of metrics.jsonl, under kind/name.
 
-        A list of numbers, such as one for each layer, has its position behind the name. Texts go
-        with their prompts.
+        A list of numbers, such as one for each layer, has its position behind the name. A dict,
+        such as norms by parameter, goes nowhere. Texts go with their prompts.
         """
         if not self._open:
             return
@@ -73,8 +75,12 @@ class Trackers:
         status: base.Status = "finished" if error is None else "failed"
         if isinstance(error, Preempted | KeyboardInterrupt):
             status = "stopped"
+        deadline = time.monotonic() + background.FINISH_SECONDS
         for tracker in self._open:
             tracker.finish(status)
+        # All end at once, so that several that hang take no longer than one.
+        for tracker in self._open:
+            tracker.wait(deadline)
 
 
 def check(config: Config) -> None:
@@ -107,12 +113,11 @@ def run_id(workdir: str) -> str:
 
 
 def public_settings(config: Config) -> dict[str, Any]:
-    """Return all settings as JSON, without what would take the noise of differential privacy away:
-    the path of the secret or, where there is none, the seed."""
+    """Return all settings as JSON, without those of `noise_keys`."""
     settings = json.loads(to_json(config))
-    secret = settings["optimizer"].pop("dp_secret")
-    if config.optimizer.private and not secret:
-        del settings["train"]["seed"]
+    for key in noise_keys(settings):
+        section, _, name = key.partition(".")
+        del settings[section][name]
     return settings
 
 

@@ -13,6 +13,8 @@ from urllib.parse import urlparse
 from mtnlg_jax.train.trackers.base import RunInfo, Status, check_installed
 
 _KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+# For wandb to begin a run, and for uploads at its end; less than `background.FINISH_SECONDS`.
+TIMEOUT_SECONDS = 25.0
 # Of the process, as wandb shows them: 1 is a failure.
 _CODES = {"finished": 0, "stopped": 1, "failed": 1}
 
@@ -53,6 +55,11 @@ class WeightsAndBiases:
             disable_git=True,
             disable_code=True,
             disable_job_creation=True,
+            # Otherwise wandb waits at the end, and when Python exits, for as long as there is no
+            # network. What was not uploaded is in the run's folder for "wandb sync".
+            finish_timeout=TIMEOUT_SECONDS,
+            # This one holds the exit as well. `Background` tries again.
+            init_timeout=TIMEOUT_SECONDS,
         )
         self._run: Any = wandb.init(
             project=run.project,

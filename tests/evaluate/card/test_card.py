@@ -333,6 +333,17 @@ def test_a_teacher_is_named(run, put):
     assert "| Teacher of the stage causal | teacher |" in build(run).above
 
 
+def test_a_private_run_does_not_tell_the_seed_of_its_noise(run, put):
+    environment = json.loads((run / "environment.json").read_text())
+    command = "python p.py --set=train.seed=70007"
+    put(run / "environment.json", environment | {"command": command})
+    assert "| Seed |" in build(run).above and "70007" in build(run).above
+    change(run, put, {"optimizer": {"dp_noise_multiplier": 1.0}})
+    for show_paths in (False, True):
+        card = render(build(run, show_paths=show_paths))
+        assert "| Seed |" not in card and "70007" not in card
+
+
 def change(run, put, settings):
     config = json.loads((run / "config.json").read_text())
     for section, values in settings.items():

@@ -9,6 +9,7 @@ import pytest
 
 from mtnlg_jax.evaluate.card.card import build_card
 from mtnlg_jax.evaluate.card.run_files import (
+    command_without,
     command_without_folders,
     read_run,
     without_folders,
@@ -147,6 +148,15 @@ def test_a_run_elsewhere_is_refused():
 )
 def test_absolute_paths_show_their_last_name(text, shown):
     assert without_folders(text) == shown
+
+
+def test_a_command_hides_the_values_of_settings():
+    command = "python p.py --set=train.seed=7 --set train.seed=8 --set=train.steps=9"
+    hidden = {"train.seed", "optimizer.dp_secret"}
+    assert command_without(command, hidden) == (
+        "python p.py --set=train.seed=... --set train.seed=... --set=train.steps=9"
+    )
+    assert command_without(command, {"optimizer.dp_secret"}) == command
 
 
 def test_a_command_shows_the_last_names_of_paths():

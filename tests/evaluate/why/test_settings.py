@@ -44,6 +44,15 @@ def test_a_step_has_the_settings_of_the_last_start_that_ran_it(tmp_path):
     ]
 
 
+def test_a_torn_line_leaves_the_other_starts(tmp_path):
+    _write(tmp_path, [(10, {"train.seed": 5}), (20, {"train.seed": 7})])
+    first, *later = (tmp_path / "starts.jsonl").read_bytes().splitlines(keepends=True)
+    torn = '{"step": 10, "command": "鲸'.encode()[:-1] + b"\n"
+    (tmp_path / "starts.jsonl").write_bytes(b"".join([first, torn, *later]))
+    settings = Settings(str(tmp_path))
+    assert [settings.at(step).train.seed for step in (0, 10, 20)] == [Config().train.seed, 5, 7]
+
+
 def test_damaged_starts_leave_the_last_settings(tmp_path):
     _write(tmp_path, [(10, {"train.seed": 5})])
     (tmp_path / "starts.jsonl").write_text('{"step": 0')

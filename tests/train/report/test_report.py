@@ -140,6 +140,51 @@ def test_a_run_beside_another_one_has_both_curves_and_the_differences(tmp_path):
     assert not (tmp_path / "one" / "report.html").exists()
 
 
+def test_settings_are_shown_in_full(tmp_path):
+    one = folder_of(tmp_path / "one", ema=0.999999, rate=1e-5)
+    other = folder_of(tmp_path / "other", ema=1.0, rate=1e-5)
+    page = read(build.write(one, other))
+    assert '<td class="text">0.999999</td><td class="text">1.0</td>' in page
+    assert '<td class="key-name">train.rate</td><td class="text">1e-05</td>' in page
+
+
+def read(path):
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def test_what_takes_the_noise_of_privacy_away_is_left_out(tmp_path):
+    one = folder_of(tmp_path / "one", seed=70007)
+    other = folder_of(tmp_path / "other", seed=80008)
+    shown = read(build.write(other))
+    assert "80008" in shown and "train.seed: 0 → 1" in shown
+    for optimizer, starts, seeds in (
+        ({"dp_secret": "/keys/secret", "dp_noise_multiplier": 1.0}, [], True),
+        ({"dp_secret": "", "dp_noise_multiplier": 1.0}, STARTS, False),
+        ({"dp_secret": "", "dp_target_epsilon": 8.0}, STARTS, False),
+        # The first start took its noise from the seed.
+        (
+            {"dp_secret": "/keys/secret", "dp_noise_multiplier": 1.0},
+            [{"changed": {"optimizer.dp_secret": ["", "/keys/secret"], "train.seed": [7, 70007]}}],
+            False,
+        ),
+    ):
+        config = json.loads((tmp_path / "one" / "config.json").read_text())
+        (tmp_path / "one" / "config.json").write_text(json.dumps(config | {"optimizer": optimizer}))
+        lines = "".join(json.dumps(start) + "\n" for start in starts)
+        (tmp_path / "one" / "starts.jsonl").write_text(lines)
+        for page in (build.write(one), build.write(one, other), build.write(other, one)):
+            assert "/keys/secret" not in read(page) and "dp_secret" not in read(page)
+            assert seeds == ("70007" in read(page))
+        assert seeds == ("train.seed" in read(build.write(one)))
+
+
+def test_records_in_memory_are_not_read_again(tmp_path):
+    run = folder_of(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert "causal held out: 1.25" in read(build.write(run, records=RECORDS))
+
+
 def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     build.write(folder_of(tmp_path / "run", []))
     assert "No step is recorded yet" in (tmp_path / "run" / "report.html").read_text()

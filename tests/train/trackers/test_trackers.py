@@ -49,6 +49,14 @@ class Remembers:
             raise RuntimeError(f"no {name} today")
 
 
+class Again(Remembers):
+    pass
+
+
+class Third(Remembers):
+    pass
+
+
 @pytest.fixture
 def calls(monkeypatch):
     monkeypatch.setattr(Remembers, "calls", [])
@@ -144,6 +152,19 @@ def test_a_tracker_that_hangs_slows_nothing(tmp_path, calls, monkeypatch, caplog
     assert len(read_metrics(str(tmp_path / "metrics.jsonl"))) == 99
 
 
+def test_trackers_that_hang_share_the_wait_at_the_end(tmp_path, calls, monkeypatch):
+    going = threading.Event()
+    monkeypatch.setattr(Remembers, "finish", lambda self, status: going.wait(20))
+    monkeypatch.setattr(background, "FINISH_SECONDS", 0.5)
+    several = f"{__name__}:Again", f"{__name__}:Remembers", f"{__name__}:Third"
+    began = time.monotonic()
+    with following.Trackers(config_of(*several), str(tmp_path), 0, True):
+        pass
+    took = time.monotonic() - began
+    going.set()
+    assert 0.4 < took < 1.2
+
+
 def test_a_tracker_that_could_not_be_opened_is_opened_later(tmp_path, calls, monkeypatch):
     monkeypatch.setattr(Remembers, "fails", ("open",))
     monkeypatch.setattr(background, "REOPEN_SECONDS", 0.0)
@@ -182,9 +203,14 @@ def test_wrong_names_are_refused_by_the_config(trackers, message):
         ("nowhere.at:All", "No module named 'nowhere'"),
         ("mtnlg_jax.config:Nothing", "has no attribute 'Nothing'"),
         ("threading:Thread", "lacks check, open, log, text, finish"),
+        ("own_tracker_with_a_typo:Own", "invalid syntax .own_tracker_with_a_typo.py, line 1."),
+        ("own_tracker_with_a_name:Own", "name 'nothing' is not defined; give module:Class"),
     ],
 )
-def test_an_own_tracker_that_cannot_work_is_refused(name, message):
+def test_an_own_tracker_that_cannot_work_is_refused(tmp_path, monkeypatch, name, message):
+    (tmp_path / "own_tracker_with_a_typo.py").write_text("class Own(:")
+    (tmp_path / "own_tracker_with_a_name.py").write_text("Own = nothing")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=message):
         following.check(config_of(name))
 
@@ -336,6 +362,26 @@ def test_wandb_offline_goes_on_with_its_run(away, monkeypatch):
                 steps.append(int(items["step"]))
     assert steps == [1, 2, 2, 3] and "step" in axes
     assert not any(b"dp_secret" in Path(path).read_bytes() for path in files)
+
+
+def test_wandb_gives_up_before_the_run_does(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    given = {}
+
+    class Opened(Exception):
+        pass
+
+    def init(**arguments):
+        given.update(arguments)
+        raise Opened
+
+    monkeypatch.setattr(wandb, "init", init)
+    tracker = base.make("wandb")
+    with pytest.raises(Opened):
+        tracker.open(base.RunInfo({}, "run", "id", "project", str(tmp_path), 0))
+    settings = given["settings"]
+    assert 0 < settings.finish_timeout < background.FINISH_SECONDS
+    assert 0 < settings.init_timeout < background.FINISH_SECONDS
 
 
 def test_wandb_online_needs_a_login(away):
