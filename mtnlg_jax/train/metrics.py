@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from mtnlg_jax.errors import is_passing
 from mtnlg_jax.hardware import dense_flops
-from mtnlg_jax.train import plots
+from mtnlg_jax.train import goodput, plots
 from mtnlg_jax.train.statistics_plot import plot_statistics
 from mtnlg_jax.train.trackers.following import Trackers
 
@@ -109,6 +109,7 @@ class MetricsLog:
         self.trackers = trackers
         self.path = os.path.join(workdir, "metrics.jsonl")
         self.writing = writing
+        self._drawn = False  # whether the plots show all records
         records, damaged = scan_metrics(self.path)
         # An evaluation after step n is part of the state of step n, so it stays.
         self.records = [record for record in records if record["step"] <= step]
@@ -122,6 +123,7 @@ class MetricsLog:
     def drop_after(self, step: int) -> None:
         """Drop the records of the steps after ``step``, which will be run and written again."""
         self.records = [record for record in self.records if record["step"] <= step]
+        self._drawn = False
         if not self.writing:
             return
         self._stale = True
@@ -142,6 +144,7 @@ class MetricsLog:
         """
         record = record | {"time": round(time.time(), 3)}
         self.records.append(record)
+        self._drawn &= record.get("kind") == goodput.KIND
         if not self.writing:
             return
         # The disk may have been full before: older lines go first.
@@ -169,14 +172,18 @@ class MetricsLog:
                     self._file.close()  # it may be closed, where records could not be dropped
 
     def plot(self) -> None:
-        """Draw loss.png beside the records, and stats.png where there are statistics."""
-        if self.writing:
+        """Draw loss.png beside the records, and stats.png where there are statistics.
+
+        Do nothing where nothing that they show came since the last call.
+        """
+        if self.writing and not self._drawn:
             folder = os.path.dirname(self.path)
             with self._outlasting():
                 plot_loss(self.records, os.path.join(folder, "loss.png"))
                 stats = [record for record in self.records if record["kind"] == "stats"]
                 if stats:
                     plot_statistics(stats, os.path.join(folder, "stats.png"))
+                self._drawn = True
 
     def _rewrite(self) -> None:
         # Whole and renamed, so that a kill leaves either the old or the new file.

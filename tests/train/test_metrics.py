@@ -231,6 +231,18 @@ def test_every_kind_of_records_is_drawn(tmp_path, records):
     assert (tmp_path / "loss.png").stat().st_size > 5000 and not list(tmp_path.glob("*.partial*"))
 
 
+def test_plots_are_drawn_anew_only_for_what_they_show(tmp_path):
+    log = MetricsLog(str(tmp_path), 1)
+    log.write({"kind": "train", "step": 1, "loss": 5.0, "objective": "causal"})
+    log.plot()
+    for kind, drawn in [("goodput", False), ("eval", True)]:
+        (tmp_path / "loss.png").unlink(missing_ok=True)
+        log.write({"kind": kind, "step": 1, "causal_loss": 4.0})
+        log.plot()
+        assert (tmp_path / "loss.png").exists() is drawn
+    log.close()
+
+
 @pytest.mark.parametrize(
     ("train", "stage", "name"),
     [
