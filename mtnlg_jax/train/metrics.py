@@ -144,7 +144,7 @@ class MetricsLog:
         """
         record = record | {"time": round(time.time(), 3)}
         self.records.append(record)
-        self._drawn &= record.get("kind") == goodput.KIND
+        self._drawn &= record["kind"] == goodput.KIND
         if not self.writing:
             return
         # The disk may have been full before: older lines go first.
