@@ -34,6 +34,9 @@ _ROUNDINGS = 16
 
 LOSS = "loss"
 GRADIENT = "gradient"
+UPDATE = "update"
+PARAMETERS = "parameters after"
+AVERAGES = "averages after"
 RESTORED = "restored"
 NEXT = "next losses"
 NORMS = "next gradient norms"
