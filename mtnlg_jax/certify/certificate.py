@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 class Certificate:
     """The figures of a config, and what they are figures of."""
 
-    config: str  # its name
+    config: Config  # as it was given, not its small copy
     devices: int
     copy: Copy
     figures: list[Figure]
@@ -80,7 +80,7 @@ def certify(config: Config, devices: int = 8, say: Say = lambda text: None) -> C
         found.updates()
         found.run()
     return Certificate(
-        config.name,
+        config,
         devices,
         copy,
         found.figures,

@@ -17,6 +17,10 @@ _COARSE_FLOOR = 0.1
 EXACT = 0.0
 _FLOAT32 = 2e-6
 _FLOAT32_LAYERS = 4  # up to which _FLOAT32 holds; rounding errors add up like a random walk
+# Of Muon: the first coefficient of Newton-Schulz, once for each of five steps.
+_NEWTON_SCHULZ = 3.4445**5 * 2.0**-24
+# Of SOAP, whose bases have directions with small gradients.
+_TURNED = 2.0**-24 / 1e-4
 _NEXT_STEPS = 1e-5
 # Of a rounding to bfloat16, relative: at most, and in the root mean square over all numbers.
 _LARGEST_ROUNDING = 2.0**-8
@@ -111,6 +115,8 @@ def tolerance_of(check: str, types: Types, config: Config, devices: int) -> Tole
             f"{rest.why}; and two roundings of optimizer.moments_dtype="
             f"{config.optimizer.moments_dtype}, which may go to the other neighbor",
         )
+    if check in (UPDATE, PARAMETERS, AVERAGES):
+        return _of_update(config)
     layers = config.model.num_layers
     if types == STRICT:
         if check == LOADS:
@@ -158,6 +164,29 @@ def tolerance_of(check: str, types: Types, config: Config, devices: int) -> Tole
         "the root mean square, add up to 2^-9 times their root; three times that, for the largest "
         f"of many numbers{more}",
     )
+
+
+def _of_update(config: Config) -> Tolerance:
+    """Return the tolerance of what a step does with the same gradients and the same state."""
+    why = (
+        "of the same gradients and state the norms of the clips alone are sums in another order; "
+        "2e-6 is 32 roundings of 2^-24"
+    )
+    name = config.optimizer.name
+    if name == "muon":
+        return Tolerance(
+            _FLOAT32 + _NEWTON_SCHULZ,
+            f"{why}; and 3.4445^5 of them, the factor of small singular values in the five steps "
+            "of Newton-Schulz",
+        )
+    if name == "soap":
+        return Tolerance(
+            _FLOAT32 + _TURNED,
+            f"{why}; and 2^-24 / 1e-4, as a turned gradient is rounded by 2^-24 of its largest "
+            "number, and divided by the roots of its squares, of which those below 1e-4 of the "
+            "largest hardly occur",
+        )
+    return Tolerance(_FLOAT32, why)
 
 
 def loss_difference(got: float, wanted: float) -> float:

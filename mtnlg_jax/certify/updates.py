@@ -113,8 +113,9 @@ class Reference:
 
 
 def _varied(result: Result, step: int) -> dict[str, np.ndarray]:
-    """Return the gradients of ``result``, each number times a random one of 0.5 to 1.5, so that
-    moments are not multiples of the gradients that are compared."""
+    """Return the gradients of ``result``, each number times a random one of 0.5 to 1.5: moments are
+    then not multiples of the gradients that are compared, and have the same signs, so that nothing
+    cancels, of which Lion would take the sign of a rounding."""
     return {
         name: array
         * np.random.default_rng([step, *name.encode()])

@@ -128,6 +128,17 @@ def _matrix_dims(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(range(first, split)), tuple(range(split, split + len(outputs)))
 
 
+def sizes_of_sides(params: Any) -> dict[tuple[str, int], int]:
+    """Return the sizes of the sides of the matrices of the blocks in ``params`` (arrays or their
+    shapes): inputs, at (name, 0), and outputs, at (name, 1)."""
+    return {
+        (parameter_name(path), number): math.prod(leaf.shape[dim] for dim in dims)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if _is_matrix(path)
+        for number, dims in enumerate(_matrix_dims(path))
+    }
+
+
 def _matrix_axes(updates: Any) -> Any:
     """Tell Muon which dims of each stacked matrix are inputs and which are outputs."""
 
