@@ -120,7 +120,7 @@ def make_train_step(
 class Moved(NamedTuple):
     """What a step changes by its gradients, beside its counters."""
 
-    rate: jax.Array  # learning rate
+    rate: Any  # learning rate, float32
     updates: Any  # the step subtracts rate x updates
     trained: Any  # parameters, those that are trained
     opt_state: Any

@@ -315,6 +315,14 @@ def test_tolerances_follow_the_types():
     )
     assert chosen.value == limit[figures.GRADIENT, "bfloat16"].value + 0.1
     assert "visits another expert" in chosen.why
+    # Where only sums are bfloat16 none does, until these sums have changed the parameters.
+    sums = figures.Types("sums", "float32", "bfloat16")
+    of_experts = dataclasses.replace(config, model=moe)
+    for check, more in ((figures.GRADIENT, 0.0), (figures.NORMS, 0.1)):
+        alone = figures.tolerance_of(check, sums, config, devices=8).value
+        assert figures.tolerance_of(check, sums, of_experts, 8).value == alone + more
+    assert figures.tolerance_of(figures.LOADS, sums, of_experts, 8).value == 0
+    assert figures.tolerance_of(figures.LOADS, own, of_experts, 8).value == 0.05
     # Moments in fewer bits are rounded at random, by one neighbor each step.
     rounded = dataclasses.replace(config.optimizer, moments_dtype="bfloat16")
     told = figures.tolerance_of(
