@@ -26,9 +26,11 @@ _NEXT_STEPS = 1e-5
 _LARGEST_ROUNDING = 2.0**-8
 _USUAL_ROUNDING = 2.0**-9
 _MARGIN = 3
-# Of experts in bfloat16: a few tokens of the hundreds of each expert visit another one.
+# Of experts in bfloat16: a few tokens of the hundreds of each expert visit another one; where an
+# expert has few tokens, two of them.
 _CHANGED_CHOICES = 0.05
 _MOVED_TOKENS = 0.1
+_MOVED_OF_EXPERT = 2
 # Distance of neighbors, relative to the largest number of a tensor, in moments of each type. They
 # are rounded at random: a difference in the last bit of a gradient may choose the other neighbor.
 # int8: the highest decade of the dynamic map has 64 codes, and of second moments 128 for the roots.
@@ -138,11 +140,13 @@ def tolerance_of(check: str, types: Types, config: Config, devices: int) -> Tole
             _LARGEST_ROUNDING,
             "a mean over the tokens of a batch, whose roundings mostly cancel: one of 2^-8 is left",
         )
+    moved = _MOVED_OF_EXPERT / _tokens_of_expert(config)
     if check == LOADS:
         return Tolerance(
-            _CHANGED_CHOICES,
+            max(_CHANGED_CHOICES, moved),
             "tokens whose experts have equal scores within a rounding may visit others: 5 % of the "
-            "largest load",
+            f"largest load, or {_MOVED_OF_EXPERT} of the {_tokens_of_expert(config):g} of an "
+            "expert where that is more",
         )
     roundings = _ROUNDINGS * layers if types.compute == "bfloat16" else 0
     if types.reduce == "bfloat16":
@@ -151,8 +155,13 @@ def tolerance_of(check: str, types: Types, config: Config, devices: int) -> Tole
     value = _MARGIN * _USUAL_ROUNDING * math.sqrt(roundings)
     # Sums in bfloat16 alone move no token before they have changed the parameters.
     if config.model.moe.num_moe_experts and (types.compute == "bfloat16" or check != GRADIENT):
-        value += _MOVED_TOKENS
-        more = f"; and {_MOVED_TOKENS}, as a token that visits another expert moves its gradient"
+        moved = max(_MOVED_TOKENS, moved)
+        value += moved
+        more = (
+            f"; and {moved:.2g}, as a token that visits another expert moves its gradient: "
+            f"{_MOVED_OF_EXPERT} of the {_tokens_of_expert(config):g} of an expert, and at least "
+            f"{_MOVED_TOKENS}"
+        )
     if check == MOMENTS:
         value *= 2
         more += "; twice, as second moments are squares"
@@ -163,6 +172,15 @@ def tolerance_of(check: str, types: Types, config: Config, devices: int) -> Tole
         "the root mean square, add up to 2^-9 times their root; three times that, for the largest "
         f"of many numbers{more}",
     )
+
+
+def _tokens_of_expert(config: Config) -> float:
+    """Return the tokens that visit an expert in the mean, of the smallest batch."""
+    ramp = config.train.rampup_batch_size
+    rows = ramp[0] if ramp else config.train.global_batch_size
+    moe = config.model.moe
+    visits = rows * config.sequence_length * moe.moe_router_topk
+    return visits / max(moe.num_moe_experts, 1)
 
 
 def _of_update(config: Config) -> Tolerance:

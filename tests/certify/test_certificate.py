@@ -315,6 +315,15 @@ def test_tolerances_follow_the_types():
     )
     assert chosen.value == limit[figures.GRADIENT, "bfloat16"].value + 0.1
     assert "visits another expert" in chosen.why
+    # Of an expert with few tokens, two are more.
+    few = dataclasses.replace(config.model, moe=MoEConfig(64, 1))
+    few = dataclasses.replace(config, model=few)
+    tokens = config.train.global_batch_size * config.sequence_length / 64
+    assert 4 < tokens < 20
+    told = figures.tolerance_of(figures.GRADIENT, own, few, devices=8)
+    assert told.value == limit[figures.GRADIENT, "bfloat16"].value + 2 / tokens
+    assert f"2 of the {tokens:g} of an expert" in told.why
+    assert figures.tolerance_of(figures.LOADS, own, few, 8).value == 2 / tokens
     # Where only sums are bfloat16 none does, until these sums have changed the parameters.
     sums = figures.Types("sums", "float32", "bfloat16")
     of_experts = dataclasses.replace(config, model=moe)
