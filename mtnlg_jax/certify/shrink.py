@@ -76,7 +76,7 @@ def small_copy(config: Config, devices: int, data: Sequence[str] = ()) -> Copy:
     teacher = _teacher(config, copied, parts)
     copy = Copy(copied, found, other, _notes(config, copied, found, teacher), teacher)
     if config.mesh.data != -1:
-        _check_shards(config, small.sizes_of(config.mesh))
+        _check_shards(_with_vocabulary(config), small.sizes_of(config.mesh))
     for sizes in found:
         check(copy.on(sizes), sizes)
     check(copy.elsewhere, other)
@@ -99,6 +99,14 @@ def _check_shards(config: Config, sizes: Sizes) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path((params, moments)):
         if leaf.ndim:  # not a count of steps
             local_shape(name_of(path), dims_of(path), leaf.shape, sizes, config.mesh.zero)
+
+
+def _with_vocabulary(config: Config) -> Config:
+    """Return ``config`` with some vocabulary, where that of its data is not known yet."""
+    if config.model.vocab_size is not None:
+        return config
+    model = dataclasses.replace(config.model, vocab_size=config.mesh.tensor)
+    return dataclasses.replace(config, model=model)
 
 
 def _other(config: Config, found: list[Sizes]) -> Sizes:
@@ -177,7 +185,7 @@ def _precond_dim(config: Config, model: ModelConfig) -> int:
     """Return max_precond_dim of the small ``model``, by which the sides of its matrices keep the
     identity for their basis that do in ``config``."""
     limit = config.optimizer.max_precond_dim
-    before = sizes_of_sides(abstract_model(config.model)[1])
+    before = sizes_of_sides(abstract_model(_with_vocabulary(config).model)[1])
     after = sizes_of_sides(abstract_model(model)[1])
     if max(before.values()) <= limit:
         return limit
