@@ -46,7 +46,9 @@ def test_the_dims_of_a_name_tell_its_factors(name):
     initial, adam, muon = FACTORS[name]
     assert mup.initial_factor(name, 4) == initial
     assert mup.rate_factor(name, 4) == adam
-    assert mup.rate_factor(name, 4, "muon") == muon
+    assert mup.rate_factor(name, 4, "muon") == mup.rate_factor(name, 4, "soap") == muon
+    # Before its bases turn, SOAP is Adam.
+    assert mup.factor_before_turns(name, 4) * muon == adam
 
 
 BASE = ModelConfig(
@@ -92,6 +94,34 @@ def test_only_updates_have_factors_and_weight_decay_has_none():
             )
 
 
+@pytest.mark.parametrize("longest", [64, 16])
+def test_soap_has_the_factors_of_adam_until_it_has_turned(longest):
+    params = init_parameters(BASE, seed=0)
+    config = OptimizerConfig(
+        name="soap",
+        weight_decay=0.0,
+        clip_grad_norm=0.0,
+        precondition_frequency=2,
+        max_precond_dim=longest,
+    )
+
+    def updates(model):
+        optimizer = make_optimizer(config, model=model)
+        state = optimizer.init(params)
+        for seed in range(3):
+            normal = np.random.default_rng(seed).normal
+            grads = jax.tree.map(lambda p, draw=normal: np.float32(draw(size=p.shape)), params)
+            found, state = optimizer.update(grads, state, params)
+            yield names_of(found)
+
+    for step, (plain, scaled) in enumerate(zip(updates(BASE), updates(WIDE), strict=True)):
+        for name, update in plain.items():
+            _, adam, white = FACTORS.get(name.rpartition(".")[2], (1, 1, 1))
+            # The second step ends with a turn; no side of these matrices is as short as 16.
+            factor = white if step == 2 and longest == 64 else adam
+            np.testing.assert_allclose(scaled[name], factor * update, rtol=1e-5, err_msg=name)
+
+
 def test_multipliers_of_the_model_follow_the_widths():
     tied = dataclasses.replace(WIDE, tie_embeddings=True)
     assert WIDE.logits_multiplier == 1 and tied.logits_multiplier == 1 / 4
@@ -130,11 +160,16 @@ def benchmark():
 
 
 def moved(benchmark, width, mup, optimizer):
-    model = benchmark["Model"](benchmark["model_of"](width, mup), optimizer)
+    # SOAP is Adam in the first step alone.
+    options = {"precondition_frequency": 1} if optimizer == "soap" else {}
+    model = benchmark["Model"](benchmark["model_of"](width, mup), optimizer, **options)
     return model.moved(rate=2**-7, steps=6)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("muon", "lion", "soap"))],
+)
 def test_coordinates_are_flat_over_four_widths(benchmark, optimizer):
     widths = benchmark["WIDTHS"]
     found = [moved(benchmark, width, True, optimizer) for width in widths]
