@@ -7,12 +7,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from mtnlg_jax.config import Config, ModelConfig, MoEConfig, OptimizerConfig, override, validate
 from mtnlg_jax.model import mup
 from mtnlg_jax.model.params import names_of
 from mtnlg_jax.model.transformer import init_parameters
+from mtnlg_jax.parallel.mesh import parameter_name
 from mtnlg_jax.train.optimizer import make_optimizer
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/mup.py"
@@ -180,6 +182,40 @@ def test_coordinates_are_flat_over_four_widths(benchmark, optimizer):
     ends = [moved(benchmark, width, False, optimizer) for width in (widths[0], widths[-1])]
     slope = benchmark["slope"]((widths[0], widths[-1]), [each["logits"] for each in ends])
     assert slope > 0.4
+
+
+@pytest.mark.slow
+def test_a_turned_soap_moves_matrices_as_adam_does(benchmark):
+    widths = benchmark["WIDTHS"][:3]
+
+    def slope(name, **options):
+        changes = []
+        for width in widths:
+            model = benchmark["Model"](benchmark["model_of"](width, True), name, **options)
+            model.optimizer = of_matrices(model.optimizer)
+            params, state = model.start, model.optimizer.init(model.start)
+            for step in range(9):  # the first three turn the bases alone
+                rate = 2.0**-8 if step >= 3 else 0.0
+                params, state, _ = model.step(params, state, benchmark["batch"](step), rate)
+            model.trained = lambda rate, steps, params=params: (params, [])
+            changes.append(model.moved(0.0, 0)["residual stream"])
+        return benchmark["slope"](widths, changes)
+
+    # Embeddings, which have Adam's updates, would hide the matrices. Factors of 1/m: 0.5 apart.
+    assert abs(slope("soap", precondition_frequency=1) - slope("adamw")) < 0.15
+
+
+def of_matrices(optimizer):
+    """Return ``optimizer`` with updates of 0 for all but the matrices of the blocks."""
+
+    def update(grads, state, params):
+        found, state = optimizer.update(grads, state, params)
+        kept = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf * parameter_name(path).startswith("w_"), found
+        )
+        return kept, state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 @pytest.mark.slow
