@@ -163,7 +163,8 @@ def test_a_gradient_summed_over_the_wrong_axis_is_named(tmp_path, monkeypatch):
 
 
 def test_an_update_and_an_average_that_are_wrong_on_a_mesh_are_named(tmp_path, monkeypatch):
-    make, updated = step.make_update, averages.updated
+    make = step.make_update
+    updated = averages.updated
 
     def without_decay(config, mesh, total):
         if mesh.size > 1:

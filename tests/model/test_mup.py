@@ -193,7 +193,8 @@ def test_a_turned_soap_moves_matrices_as_adam_does(benchmark):
         for width in widths:
             model = benchmark["Model"](benchmark["model_of"](width, True), name, **options)
             model.optimizer = of_matrices(model.optimizer)
-            params, state = model.start, model.optimizer.init(model.start)
+            params = model.start
+            state = model.optimizer.init(params)
             for step in range(9):  # the first three turn the bases alone
                 rate = 2.0**-8 if step >= 3 else 0.0
                 params, state, _ = model.step(params, state, benchmark["batch"](step), rate)
