@@ -17,6 +17,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,11 +75,11 @@ def batch(step: int) -> np.ndarray:
 
 
 class Model:
-    """A model of ``config`` on one device, with its optimizer."""
+    """A model of ``config`` on one device, with an optimizer and ``options`` of it."""
 
-    def __init__(self, config: ModelConfig, optimizer: str = "adamw") -> None:
+    def __init__(self, config: ModelConfig, optimizer: str = "adamw", **options: Any) -> None:
         graph = abstract_model(config)[0]
-        settings = OptimizerConfig(name=optimizer, weight_decay=0.0)
+        settings = OptimizerConfig(name=optimizer, weight_decay=0.0, **options)
         self.optimizer = make_optimizer(settings, model=config)
         self.start = init_parameters(config, seed=0)
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtnlg_jax.certify import culprit, exchange, figures, inputs, meshes, resume
+from mtnlg_jax.certify import culprit, exchange, figures, inputs, meshes, resume, updates
 from mtnlg_jax.certify.compute import (
     Computation,
     Objective,
@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 class Certificate:
     """The figures of a config, and what they are figures of."""
 
-    config: str  # its name
+    config: Config  # as it was given, not its small copy
     devices: int
     copy: Copy
     figures: list[Figure]
@@ -77,9 +77,10 @@ def certify(config: Config, devices: int = 8, say: Say = lambda text: None) -> C
         found = Maker(copy, folder, say)
         found.plan()
         found.gradients()
+        found.updates()
         found.run()
     return Certificate(
-        config.name,
+        config,
         devices,
         copy,
         found.figures,
@@ -114,6 +115,7 @@ class Maker:
         config = copy.config
         self._data = inputs.open_data(config)
         self._params = inputs.parameters_of(plain(config))
+        self._given: Result | None = None  # of the first objective on one device
         self._teacher: Teacher | None = None
         if copy.teacher is not None:
             self._teacher = make_teacher(copy.teacher, config.train.seed)
@@ -160,6 +162,7 @@ class Maker:
             self._say(f"{objective.name} objective on one device")
             alone = self._computation(plain(self._copy.config), objective, figures.STRICT)
             wanted = alone(self._params)
+            self._given = self._given or wanted[0]
             for sizes in self._copy.meshes:
                 for types in types_of(self._copy.config):
                     self._say(
@@ -221,6 +224,32 @@ class Maker:
                 return all(_agree(*results, name, types) for results in pairs)
 
             self._suspect(culprit.suspects(self._params, agrees))
+
+    def updates(self) -> None:
+        """Compare what each mesh does with the same gradients and the same state; `gradients` comes
+        first."""
+        assert self._given is not None, "the gradients of one device are known"
+        types = figures.STRICT  # the optimizer does not see those of products and sums
+        self._say("the update of these gradients on one device")
+        reference = updates.Reference(
+            with_types(self._copy.config, types), self._data, self._params, self._given
+        )
+        for sizes in self._copy.meshes:
+            mesh = meshes.text_of(sizes)
+            self._say(f"the update of the same gradients on {mesh}")
+            try:
+                found = reference.differences(with_types(self._copy.on(sizes), types))
+            except OSError:
+                raise
+            except Exception as error:
+                self._failed(figures.UPDATE, "update", types, error, mesh=mesh)
+                continue
+            for check, tensors in found.items():
+                limit = self._tolerance(check, types)
+                self.figures += [
+                    Figure(check, name, mesh, "", types.name, difference, limit)
+                    for name, difference in tensors.items()
+                ]
 
     def run(self) -> None:
         """Move a small run to other meshes, and its checkpoint to Hugging Face and back."""

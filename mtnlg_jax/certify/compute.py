@@ -26,6 +26,7 @@ from mtnlg_jax.train.private_gradients import make_clipped_gradients
 from mtnlg_jax.train.schedule import loss_name
 from mtnlg_jax.train.state import state_shardings
 
+_DRAWN = 20  # steps of which one has units
 ONE_DEVICE = dict.fromkeys(AXES, 1)
 
 
@@ -148,7 +149,9 @@ class Computation:
 
             def private(params, batch, count, key):
                 figures, gradients = clipped(lora.computed(params, config), batch, count, key)
-                return figures["loss"] / jnp.maximum(figures["units"], 1.0), gradients
+                # Units that are not finite count as 0, on a mesh and on one device alike.
+                sound = (figures["nonfinite"] == 0) & (figures["units"] > 0)
+                return jnp.where(sound, figures["loss"] / figures["units"], jnp.nan), gradients
 
             return jax.jit(private)
         # As `make_train_step` counts the loads of experts.
@@ -167,9 +170,15 @@ class Computation:
         behind it."""
         ramp = self.config.train.rampup_batch_size
         firsts = (0, ramp[2]) if ramp else (0,)
-        return {
-            first: batch_at(self.config, self.mesh, self._data, 0, first)[:2] for first in firsts
-        }
+        return {first: self._batch(first) for first in firsts}
+
+    def _batch(self, first: int) -> tuple:
+        # Steps with differential privacy draw their units, and may draw none.
+        for step in range(_DRAWN if self.config.optimizer.private else 1):
+            found = batch_at(self.config, self.mesh, self._data, step, first)[:2]
+            if np.asarray(found[0]["weights"]).any():
+                break
+        return found
 
     def __call__(self, params: Any) -> list[Result]:
         """Return the results for ``params`` (NumPy arrays): of a full batch, and in a ramp of its

@@ -17,14 +17,20 @@ _COARSE_FLOOR = 0.1
 EXACT = 0.0
 _FLOAT32 = 2e-6
 _FLOAT32_LAYERS = 4  # up to which _FLOAT32 holds; rounding errors add up like a random walk
+# Of Muon: the first coefficient of Newton-Schulz, once for each of five steps.
+_NEWTON_SCHULZ = 3.4445**5 * 2.0**-24
+# Of SOAP, whose bases have directions with small gradients.
+_TURNED = 2.0**-24 / 1e-4
 _NEXT_STEPS = 1e-5
 # Of a rounding to bfloat16, relative: at most, and in the root mean square over all numbers.
 _LARGEST_ROUNDING = 2.0**-8
 _USUAL_ROUNDING = 2.0**-9
 _MARGIN = 3
-# Of experts in bfloat16: a few tokens of the hundreds of each expert visit another one.
+# Of experts in bfloat16: a few tokens of the hundreds of each expert visit another one; where an
+# expert has few tokens, two of them.
 _CHANGED_CHOICES = 0.05
 _MOVED_TOKENS = 0.1
+_MOVED_OF_EXPERT = 2
 # Distance of neighbors, relative to the largest number of a tensor, in moments of each type. They
 # are rounded at random: a difference in the last bit of a gradient may choose the other neighbor.
 # int8: the highest decade of the dynamic map has 64 codes, and of second moments 128 for the roots.
@@ -34,6 +40,9 @@ _ROUNDINGS = 16
 
 LOSS = "loss"
 GRADIENT = "gradient"
+UPDATE = "update"
+PARAMETERS = "parameters after"
+AVERAGES = "averages after"
 RESTORED = "restored"
 NEXT = "next losses"
 NORMS = "next gradient norms"
@@ -108,12 +117,12 @@ def tolerance_of(check: str, types: Types, config: Config, devices: int) -> Tole
             f"{rest.why}; and two roundings of optimizer.moments_dtype="
             f"{config.optimizer.moments_dtype}, which may go to the other neighbor",
         )
+    if check in (UPDATE, PARAMETERS, AVERAGES):
+        return _of_update(config)
     layers = config.model.num_layers
+    if check == LOADS and types.compute == "float32":
+        return Tolerance(EXACT, "counts are whole numbers, and every token visits the same experts")
     if types == STRICT:
-        if check == LOADS:
-            return Tolerance(
-                EXACT, "counts are whole numbers, and every token visits the same experts"
-            )
         if check in (NEXT, NORMS, MOMENTS):
             return Tolerance(
                 _NEXT_STEPS,
@@ -131,20 +140,28 @@ def tolerance_of(check: str, types: Types, config: Config, devices: int) -> Tole
             _LARGEST_ROUNDING,
             "a mean over the tokens of a batch, whose roundings mostly cancel: one of 2^-8 is left",
         )
+    moved = _MOVED_OF_EXPERT / _tokens_of_expert(config)
     if check == LOADS:
         return Tolerance(
-            _CHANGED_CHOICES,
+            max(_CHANGED_CHOICES, moved),
             "tokens whose experts have equal scores within a rounding may visit others: 5 % of the "
-            "largest load",
+            f"largest load, or {_MOVED_OF_EXPERT} of the {_tokens_of_expert(config):g} of an "
+            "expert where that is more",
         )
     roundings = _ROUNDINGS * layers if types.compute == "bfloat16" else 0
     if types.reduce == "bfloat16":
         roundings += 1 + math.ceil(math.log2(devices))
     more = ""
     value = _MARGIN * _USUAL_ROUNDING * math.sqrt(roundings)
-    if config.model.moe.num_moe_experts:
-        value += _MOVED_TOKENS
-        more = f"; and {_MOVED_TOKENS}, as a token that visits another expert moves its gradient"
+    # Sums in bfloat16 alone move no token before they have changed the parameters.
+    if config.model.moe.num_moe_experts and (types.compute == "bfloat16" or check != GRADIENT):
+        moved = max(_MOVED_TOKENS, moved)
+        value += moved
+        more = (
+            f"; and {moved:.2g}, as a token that visits another expert moves its gradient: "
+            f"{_MOVED_OF_EXPERT} of the {_tokens_of_expert(config):g} of an expert, and at least "
+            f"{_MOVED_TOKENS}"
+        )
     if check == MOMENTS:
         value *= 2
         more += "; twice, as second moments are squares"
@@ -155,6 +172,38 @@ def tolerance_of(check: str, types: Types, config: Config, devices: int) -> Tole
         "the root mean square, add up to 2^-9 times their root; three times that, for the largest "
         f"of many numbers{more}",
     )
+
+
+def _tokens_of_expert(config: Config) -> float:
+    """Return the tokens that visit an expert in the mean, of the smallest batch."""
+    ramp = config.train.rampup_batch_size
+    rows = ramp[0] if ramp else config.train.global_batch_size
+    moe = config.model.moe
+    visits = rows * config.sequence_length * moe.moe_router_topk
+    return visits / max(moe.num_moe_experts, 1)
+
+
+def _of_update(config: Config) -> Tolerance:
+    """Return the tolerance of what a step does with the same gradients and the same state."""
+    why = (
+        "of the same gradients and state the norms of the clips alone are sums in another order; "
+        "2e-6 is 32 roundings of 2^-24"
+    )
+    name = config.optimizer.name
+    if name == "muon":
+        return Tolerance(
+            _FLOAT32 + _NEWTON_SCHULZ,
+            f"{why}; and 3.4445^5 of them, the factor of small singular values in the five steps "
+            "of Newton-Schulz",
+        )
+    if name == "soap":
+        return Tolerance(
+            _FLOAT32 + _TURNED,
+            f"{why}; and 2^-24 / 1e-4, as a turned gradient is rounded by 2^-24 of its largest "
+            "number, and divided by the roots of its squares, of which those below 1e-4 of the "
+            "largest hardly occur",
+        )
+    return Tolerance(_FLOAT32, why)
 
 
 def loss_difference(got: float, wanted: float) -> float:

@@ -1,7 +1,7 @@
 """The inputs of a certificate: text of random words, prepared as a user's is, and parameters away
 from where they start."""
 
-# Shapes: B rows, S query positions
+# Shapes: B rows, S query positions, E experts
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from mtnlg_jax.config import Config, PrefixConfig
 from mtnlg_jax.data.batches import Batches
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.model.params import name_of
-from mtnlg_jax.parallel.mesh import make_mesh
+from mtnlg_jax.parallel.mesh import EXPERT_BIAS, make_mesh
 from mtnlg_jax.train.inputs import Data, load_data
 from mtnlg_jax.train.state import init_state
 
@@ -25,7 +25,8 @@ _WORDS = 60
 _DOCUMENTS = 120
 _LETTERS = list("etaoinshrdlu")
 # Standard deviation of what is added to each trained parameter, times the root of the width. New
-# biases and adapters are 0 and new scales 1, where many a wrong sum has no effect.
+# biases and adapters are 0 and new scales 1, where many a wrong sum has no effect. Of the biases of
+# E experts, times 1 / E.
 _SHAKE = 0.5
 
 
@@ -112,6 +113,8 @@ def parameters_of(config: Config) -> Any:
             return found
         # By name and seed, so that no other parameter changes the draw.
         rng = np.random.default_rng([config.train.seed, *name.encode()])
-        return found + deviation * rng.standard_normal(found.shape, np.float32)
+        # Scores of experts are about 1 / E: a bias above them would choose the same for all tokens.
+        scale = np.float32(_SHAKE / found.shape[-1]) if name.endswith(EXPERT_BIAS) else deviation
+        return found + scale * rng.standard_normal(found.shape, np.float32)
 
     return jax.tree_util.tree_map_with_path(one, state.params)

@@ -69,22 +69,25 @@ def small_model(config: Config, parts: Parts) -> ModelConfig:
     scale = length / config.sequence_length
     heads, groups = _heads(model, config.mesh, parts)
     head = _head_width(model, heads, parts, blocks)
+    while groups * head % _columns(config, parts):
+        head = _head_width(model, heads, parts, blocks, head + 8)
     hidden = heads * head
     if model.kv_channels and model.kv_channels * model.num_attention_heads != model.hidden_size:
         ratio = model.hidden_size / (model.num_attention_heads * model.head_width)
         hidden = up_to(hidden * ratio, math.lcm(8, parts.rows, blocks * parts.data))
     ratio = hidden / model.hidden_size
-    unit = blocks * parts.tensor
+    # The columns of SOAP's statistics of an MLP are as many as its width, and ZeRO splits them.
+    unit = math.lcm(2 * blocks * parts.tensor, _columns(config, parts))
 
     def wide(width: int | None) -> int | None:
-        return up_to(width * ratio, 2 * unit) if width else width
+        return up_to(width * ratio, unit) if width else width
 
     def mlp(width: int | None) -> int | None:
         found = wide(width) or 4 * hidden
         if config.optimizer.moments_dtype == "int8":
             # Whole blocks for each part, as `config.memory_rules` asks.
             while not width_block(found) or found // width_block(found) % parts.tensor:
-                found += 1
+                found += unit
         return width if width is None and found == 4 * hidden else found
 
     def base(width: int | None, of: int, new: int) -> int | None:
@@ -141,9 +144,16 @@ def _exchanges_heads(mesh: MeshConfig, heads: int) -> bool:
     )
 
 
-def _head_width(model: ModelConfig, heads: int, parts: Parts, blocks: int) -> int:
-    """Return the smallest width of a head, a multiple of 8, with which all dims divide."""
-    for width in itertools.count(8, 8):
+def _columns(config: Config, parts: Parts) -> int:
+    """Return what divides the widths of an MLP and of all key/value heads together, 1 but for
+    SOAP, whose statistics ZeRO splits by columns."""
+    return parts.rows if config.optimizer.name == "soap" and config.mesh.zero else 1
+
+
+def _head_width(model: ModelConfig, heads: int, parts: Parts, blocks: int, least: int = 8) -> int:
+    """Return the smallest width of a head, a multiple of 8 from ``least``, with which all dims
+    divide."""
+    for width in itertools.count(least, 8):
         hidden = heads * width
         turns = int(model.rotary_percent * width) // 2
         if model.position_embedding_type == "rotary" and not turns:

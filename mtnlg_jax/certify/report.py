@@ -1,11 +1,13 @@
 """A certificate as a table and as JSON."""
 
+import json
 import math
 import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-from mtnlg_jax.certify import figures, meshes
+from mtnlg_jax import config as configs
+from mtnlg_jax.certify import figures, meshes, updates
 from mtnlg_jax.certify.certificate import Certificate
 from mtnlg_jax.certify.figures import Figure, Tolerance
 from mtnlg_jax.certify.resume import SAVED
@@ -22,6 +24,7 @@ _OF_RUN = {
     figures.NORMS: "grad norms",
     figures.MOMENTS: "moments",
 }
+_OF_MESH = (figures.LOSS, figures.GRADIENT, figures.LOADS, *updates.CHECKS)
 _SHOWN = 8  # figures beyond their tolerances, in the verdict
 
 
@@ -31,7 +34,8 @@ def to_json(certificate: Certificate) -> dict[str, Any]:
     return {
         **describe.header(KIND, None),
         "command": describe.command_line(),
-        "config": certificate.config,
+        "config": certificate.config.name,
+        "settings": json.loads(configs.to_json(certificate.config)),
         "within": certificate.within,
         "suspects": certificate.suspects,
         "seconds": round(certificate.seconds, 1),
@@ -74,7 +78,7 @@ def render(certificate: Certificate) -> str:
     notes = (
         textwrap.fill(note, _LINE, subsequent_indent=" " * 8) for note in certificate.copy.notes
     )
-    lines = [f"certificate of {certificate.config}", *notes]
+    lines = [f"certificate of {certificate.config.name}", *notes]
     for mesh in dict.fromkeys(figure.mesh for figure in found if figure.check == figures.LOSS):
         chosen = [each for each in found if each.mesh == mesh]
         lines += ["", *_of_mesh(mesh, chosen)]
@@ -89,21 +93,30 @@ def render(certificate: Certificate) -> str:
 
 
 def _of_mesh(mesh: str, found: list[Figure]) -> list[str]:
-    """Return the table of one mesh: a row for the loss, then one for each gradient."""
-    kept = [each for each in found if each.check in (figures.LOSS, figures.GRADIENT, figures.LOADS)]
-    heads = list(dict.fromkeys((each.objective, each.types) for each in kept))
-    cells: dict[tuple[str, str], dict[tuple[str, str], Figure]] = {}
+    """Return the table of one mesh: a row for the loss, then one for each tensor; columns for
+    gradients by objective and types, then for what comes of the same gradients."""
+    kept = [each for each in found if each.check in _OF_MESH]
+    heads = list(dict.fromkeys(map(_head, kept)))
+    cells: dict[str, dict[str, Figure]] = {}
     for each in kept:
-        cells.setdefault((each.check, each.name), {})[each.objective, each.types] = each
-    rows = [["compared with one device", *(", ".join(head) for head in heads)]]
-    for (check, name), row in cells.items():
-        label = {figures.LOSS: "loss", figures.GRADIENT: name}.get(check, check)
+        tensor = each.check == figures.GRADIENT or each.check in updates.CHECKS
+        label = each.name if tensor or each.check == figures.LOSS else each.check
+        cells.setdefault(label, {})[_head(each)] = each
+    rows = [["compared with one device", *heads]]
+    for label, row in cells.items():
         rows.append([f"  {label}", *(_cell(row.get(head)) for head in heads)])
-    limits = {(each.objective, each.types): each for each in kept if each.check == figures.GRADIENT}
+    limits = {_head(each): each for each in kept if each.check not in (figures.LOSS, figures.LOADS)}
     if limits:
         told = (_number(limits[head].tolerance) if head in limits else "" for head in heads)
-        rows.append(["  tolerance of gradients", *told])
+        rows.append(["  tolerance of tensors", *told])
     return [f"on {mesh}", *_aligned(rows)]
+
+
+def _head(figure: Figure) -> str:
+    """Return the column of ``figure`` in the table of a mesh."""
+    if figure.check in updates.CHECKS:
+        return figure.check
+    return f"{figure.objective}, {figure.types}"
 
 
 def _of_run(found: Iterable[Figure]) -> list[str]:

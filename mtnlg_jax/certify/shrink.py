@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from mtnlg_jax.certify import meshes as small
 from mtnlg_jax.certify.meshes import Sizes
 from mtnlg_jax.certify.models import Parts, parts_of, small_length, small_model, up_to
@@ -23,9 +25,12 @@ from mtnlg_jax.config import (
     validate_batch,
 )
 from mtnlg_jax.config.samples import phases_of, samples_before
-from mtnlg_jax.parallel.mesh import local_shape, plan_table, row_shards
+from mtnlg_jax.model.params import name_of
+from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.parallel.mesh import dims_of, local_shape, row_shards
 from mtnlg_jax.train import changes, lora
 from mtnlg_jax.train.checkpoint import config_of
+from mtnlg_jax.train.optimizer import optimizer_of, sizes_of_sides
 
 STEPS = 4  # of the small run; its state is saved in the middle
 
@@ -70,6 +75,8 @@ def small_copy(config: Config, devices: int, data: Sequence[str] = ()) -> Copy:
     copied = _copied(config, found[0], parts, data)
     teacher = _teacher(config, copied, parts)
     copy = Copy(copied, found, other, _notes(config, copied, found, teacher), teacher)
+    if config.mesh.data != -1:
+        _check_shards(_with_vocabulary(config), small.sizes_of(config.mesh))
     for sizes in found:
         check(copy.on(sizes), sizes)
     check(copy.elsewhere, other)
@@ -80,8 +87,26 @@ def check(config: Config, sizes: Sizes) -> None:
     """Raise ValueError if ``config`` does not fit a mesh of ``sizes``."""
     validate(config)
     validate_batch(config, row_shards(sizes))
-    for row in plan_table(lora.abstract_parameters(config), sizes, config.mesh.zero):
-        local_shape(row.path, row.dims, row.shape, sizes, config.mesh.zero)
+    _check_shards(config, sizes)
+
+
+def _check_shards(config: Config, sizes: Sizes) -> None:
+    """Raise ValueError if a mesh of ``sizes`` does not divide all parameters of ``config`` and the
+    state of its optimizer."""
+    params = lora.abstract_parameters(config)
+    trained, _ = lora.trainable(params, config)
+    moments = jax.eval_shape(optimizer_of(config).init, trained)
+    for path, leaf in jax.tree_util.tree_leaves_with_path((params, moments)):
+        if leaf.ndim:  # not a count of steps
+            local_shape(name_of(path), dims_of(path), leaf.shape, sizes, config.mesh.zero)
+
+
+def _with_vocabulary(config: Config) -> Config:
+    """Return ``config`` with some vocabulary, where that of its data is not known yet."""
+    if config.model.vocab_size is not None:
+        return config
+    model = dataclasses.replace(config.model, vocab_size=config.mesh.tensor)
+    return dataclasses.replace(config, model=model)
 
 
 def _other(config: Config, found: list[Sizes]) -> Sizes:
@@ -122,14 +147,15 @@ def _copied(config: Config, sizes: Sizes, parts: Parts, data: Sequence[str]) -> 
             masking=config.data.masking,
             sequence_length=length,
         ),
-        optimizer=_optimizer(config, train, min(model.hidden_size, model.mlp_width)),
+        optimizer=_optimizer(config, train, model),
         train=train,
         decode=DecodeConfig(),
     )
 
 
-def _optimizer(config: Config, train: TrainConfig, narrow: int) -> OptimizerConfig:
-    """Return the optimizer of the small copy, whose training is ``train``."""
+def _optimizer(config: Config, train: TrainConfig, model: ModelConfig) -> OptimizerConfig:
+    """Return the optimizer of the small copy, whose training is ``train`` and whose model is
+    ``model``."""
     optimizer = config.optimizer
     if optimizer.private:
         noise = optimizer.dp_noise_multiplier or 1.0
@@ -143,7 +169,10 @@ def _optimizer(config: Config, train: TrainConfig, narrow: int) -> OptimizerConf
     if optimizer.name == "soap":
         # Its bases turn before the state is saved, so that a turned one is compared.
         often = min(optimizer.precondition_frequency, STEPS // 2)
-        optimizer = dataclasses.replace(optimizer, precondition_frequency=often)
+        optimizer = dataclasses.replace(
+            optimizer, precondition_frequency=often, max_precond_dim=_precond_dim(config, model)
+        )
+    narrow = min(model.hidden_size, model.mlp_width)
     return dataclasses.replace(
         optimizer,
         lora_rank=min(optimizer.lora_rank, 4, narrow),
@@ -152,12 +181,25 @@ def _optimizer(config: Config, train: TrainConfig, narrow: int) -> OptimizerConf
     )
 
 
+def _precond_dim(config: Config, model: ModelConfig) -> int:
+    """Return max_precond_dim of the small ``model``, by which the sides of its matrices keep the
+    identity for their basis that do in ``config``."""
+    limit = config.optimizer.max_precond_dim
+    before = sizes_of_sides(abstract_model(_with_vocabulary(config).model)[1])
+    after = sizes_of_sides(abstract_model(model)[1])
+    if max(before.values()) <= limit:
+        return limit
+    # Widths are rounded up, so a long side may become as short as one that turns: that one counts.
+    return max((after[side] for side, size in before.items() if size <= limit), default=1)
+
+
 def _phases(config: Config, train: TrainConfig) -> dict[str, Any]:
     """Return warm-up and decay in samples, the same shares of ``train`` as of the whole run, where
     ``config`` gives samples."""
     optimizer = config.optimizer
-    if optimizer.warmup_samples is None and optimizer.decay_samples is None:
-        return {}
+    shares = optimizer.warmup_samples is None and optimizer.decay_samples is None
+    if shares and optimizer.lr_decay_style not in ("inverse_square_root", "linear"):
+        return {}  # these two round a share to whole sequences, of which few steps have few
     before = samples_before(config.train, config.train.steps)
     after = samples_before(train, train.steps)
     whole = phases_of(optimizer, before)
@@ -251,10 +293,17 @@ def _notes(
         notes.append(f"kernel  model.attention_impl={old.attention_impl} -> auto, as CPUs have")
     if lora.used(config):
         notes.append("base    random parameters in place of train.init, and adapters away from 0")
+    if copied.optimizer.max_precond_dim != config.optimizer.max_precond_dim:
+        notes.append(
+            f"SOAP    max_precond_dim {config.optimizer.max_precond_dim} -> "
+            f"{copied.optimizer.max_precond_dim}: longer sides of a matrix are not turned"
+        )
     if teacher is not None:
+        folders = dict.fromkeys(stage.distill for stage in config.train.stages if stage.distill)
+        which = f", in place of {len(folders)}: of the first one" if len(folders) > 1 else ""
         notes.append(
             f"teacher {teacher.num_layers} layers of width {teacher.hidden_size}, with random "
-            "parameters"
+            f"parameters{which}"
         )
     if config.optimizer.private:
         notes.append("privacy noise of dp_noise_multiplier, or of 1 where an epsilon decides it")

@@ -3,15 +3,19 @@
 Settings found for a narrow base model, above all the learning rate, hold for a wide one. The dims
 in a parameter's name tell what its inputs and outputs are, and with m = width / base width:
 
-| kind | initial std | rate of AdamW, Lion, SOAP | rate of Muon |
+| kind | initial std | rate of AdamW, Lion | rate of Muon, SOAP |
 | --- | --- | --- | --- |
 | inputs and outputs of a growing width | m^-1/2 | m^-1 | m^-1/2 |
 | inputs of a growing width, outputs of a fixed one: head, routers | m^-1 | m^-1 | m^-1 |
 | all others: embeddings, norms, biases | 1 | 1 | 1 |
 
 Muon's updates are orthogonal and scaled to a fixed RMS, so their spectral norm grows as m^1/2 and
-not as m. The factors act on the updates alone: the decoupled weight decay stays as it is. A head
-that is the embedding table keeps the table's factors, and its logits are divided by m
+not as m. So does that of SOAP, whose updates have numbers of equal size in the eigenbases of the
+gradients: no direction holds most of them, as in Adam's, where the signs of a gradient of low rank
+add up. Before its bases turn first, SOAP is Adam and has Adam's rate.
+
+The factors act on the updates alone: the decoupled weight decay stays as it is. A head that is the
+embedding table keeps the table's factors, and its logits are divided by m
 (`ModelConfig.logits_multiplier`).
 """
 
@@ -28,8 +32,8 @@ from mtnlg_jax.parallel.mesh import parameter_name
 # transform, is hidden_size as well.
 _GROWING = frozenset("DNKF")
 _MASKED_HEAD = "w_mlm_DC"
-# Optimizers whose updates are whitened: equal singular values, not equal entries.
-_WHITENED = ("muon",)
+# Optimizers whose updates are whitened: singular values of equal size, not entries.
+_WHITENED = ("muon", "soap")
 
 
 def sides(name: str) -> tuple[str, str]:
@@ -66,6 +70,12 @@ def rate_factor(name: str, ratio: float, optimizer: str = "adamw") -> float:
     if not inputs:
         return 1.0
     return 1 / math.sqrt(ratio) if outputs and optimizer in _WHITENED else 1 / ratio
+
+
+def factor_before_turns(name: str, ratio: float) -> float:
+    """Return the factor of SOAP's updates of ``name`` while its bases are the identity, beside that
+    of `rate_factor`: together they are Adam's."""
+    return rate_factor(name, ratio) / rate_factor(name, ratio, "soap")
 
 
 def scale_initial(params: nnx.State, model: ModelConfig) -> nnx.State:

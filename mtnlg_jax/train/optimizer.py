@@ -55,7 +55,9 @@ def make_optimizer(
     # the update is before it, so that decay goes on where an update is scaled down.
     clip_update = _clip(config.clip_update_norm)
     decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
-    moments = offload.hold(_moments(config, mesh), config.moments_dtype, seed, on_host)
+    ratio = 1.0 if model is None else model.mup_ratio
+    moments = _moments(config, mesh, ratio)
+    moments = offload.hold(moments, config.moments_dtype, seed, on_host)
     if model is None or model.mup_ratio == 1:
         return optax.with_extra_args_support(optax.chain(clip, moments, clip_update, decay))
     # Its factors are behind what looks at the update as a whole.
@@ -73,8 +75,10 @@ def _clip(norm: float) -> optax.GradientTransformation:
     return optax.clip_by_global_norm(norm) if norm else optax.identity()
 
 
-def _moments(config: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformation:
-    """Return what turns clipped gradients into updates."""
+def _moments(
+    config: OptimizerConfig, mesh: Mesh | None, ratio: float
+) -> optax.GradientTransformation:
+    """Return what turns clipped gradients into updates; ``ratio`` is `ModelConfig.mup_ratio`."""
     if config.name == "lion":
         return optax.scale_by_lion(config.b1, config.b2)
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
@@ -92,6 +96,7 @@ def _moments(config: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransf
         config.max_precond_dim,
         _matrix_dims,
         mesh,
+        lambda path: mup.factor_before_turns(parameter_name(path), ratio),
     )
     return optax.partition({"adam": adam, "soap": soap}, labels)
 
@@ -102,7 +107,16 @@ def _mup(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransform
         each = (
             jax.tree.map(lambda _: config.name, updates) if whole else _labels(config.name, updates)
         )
+        if config.name == "soap":
+            each = jax.tree_util.tree_map_with_path(of_soap, each, updates)
         return mup.scale_updates(updates, model, each)
+
+    def of_soap(path: Path, label: str, update: jax.Array) -> str:
+        # A matrix of which no side is turned has Adam's updates.
+        if label == "adam":
+            return label
+        sizes = (math.prod(update.shape[dim] for dim in dims) for dims in _matrix_dims(path))
+        return label if min(sizes) <= config.max_precond_dim else "adam"
 
     return optax.stateless(scaled)
 
@@ -126,6 +140,17 @@ def _matrix_dims(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
     first = len(dims_of(path)) - len(inputs) - len(outputs)
     split = first + len(inputs)
     return tuple(range(first, split)), tuple(range(split, split + len(outputs)))
+
+
+def sizes_of_sides(params: Any) -> dict[tuple[str, int], int]:
+    """Return the sizes of the sides of the matrices of the blocks in ``params`` (arrays or their
+    shapes): inputs, at (name, 0), and outputs, at (name, 1)."""
+    return {
+        (parameter_name(path), number): math.prod(leaf.shape[dim] for dim in dims)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if _is_matrix(path)
+        for number, dims in enumerate(_matrix_dims(path))
+    }
 
 
 def _matrix_axes(updates: Any) -> Any:

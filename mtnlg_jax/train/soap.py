@@ -128,6 +128,7 @@ def scale_by_soap(
     max_dim: int,
     dims: MatrixDims,
     mesh: Mesh | None = None,
+    before: Callable[[Path], float] = lambda path: 1.0,
 ) -> optax.GradientTransformation:
     """Return SOAP for trees of stacked matrices; the caller scales by the learning rate.
 
@@ -137,6 +138,8 @@ def scale_by_soap(
       max_dim: sides longer than this keep the identity as their basis.
       dims: path -> (input dims, output dims) of a parameter; those before them are stacked.
       mesh: its devices share the turns; None: one device.
+      before: path -> factor of the updates before the first turn, which are Adam's; a matrix
+        without a turned side has none.
     """
 
     def matrices(tree: Any) -> list[_Matrix]:
@@ -154,6 +157,7 @@ def scale_by_soap(
 
     def update(grads: Any, state: SoapState, params: Any = None) -> tuple[Any, SoapState]:
         each = matrices(grads)
+        factors = [before(path) for path, _ in jax.tree_util.tree_leaves_with_path(grads)]
         steps = state.steps + 1
         statistics = flatten_dict(state.statistics)
         bases = flatten_dict(state.bases)
@@ -172,7 +176,10 @@ def scale_by_soap(
             squares[number] = square_MN
             root_MN = jnp.sqrt(square_MN / (1 - b2**steps)) + eps
             mean_MN = matrix.turn(means[number] / (1 - b1**steps), bases)
-            updates.append(matrix.turn(mean_MN / root_MN, bases, back=True))
+            update_MN = matrix.turn(mean_MN / root_MN, bases, back=True)
+            if factors[number] != 1 and any(matrix.sides):
+                update_MN *= jnp.where(state.steps < frequency, factors[number], 1.0)
+            updates.append(update_MN)
         # After the update, so that a gradient never chooses the basis in which it is measured.
         for matrix, grad_MN in zip(each, grads_MN, strict=True):
             for number, side in matrix.turned_sides():

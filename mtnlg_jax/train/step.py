@@ -7,7 +7,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def make_train_step(
       total_samples: sequences of the whole run, as in `learning_rate`.
       sparse: as in `cross_entropy`; the loss is the same.
     """
-    update = make_update(config, mesh, total_samples)
+    advance = make_advance(config, mesh, total_samples)
     moe = config.model.moe
     # The layers of a quantized base are assembled where they are applied, so none can be counted.
     private = config.optimizer.private
@@ -61,8 +61,6 @@ def make_train_step(
         loss_and_gradients = make_loss_and_gradients(
             config, mesh, causal, distillation, counting, sparse
         )
-    # With adapters the base is frozen, and the routers' biases are part of it.
-    balancing = counting and moe.moe_router_enable_expert_bias and not lora.used(config)
     shardings = state_shardings(config, mesh)
 
     def train_step(state: TrainState, batch, micro_batches, sequences, rate_scale, *last):
@@ -71,6 +69,7 @@ def make_train_step(
         model = lora.computed(state.params, config)
         trained, to_params = lora.trainable(state.params, config)
         figures = {}
+        loads: list[jax.Array] = []
         if private:
             loss, grads, figures = private_gradients(
                 model, batch, micro_batches, key, state.step, sequences, *last
@@ -85,16 +84,7 @@ def make_train_step(
         finite = (private or jnp.isfinite(loss)) & jnp.isfinite(grad_norm)
         taken, parts, spiked = spike_rule.judge(config, causal, state, loss, grad_norm, finite)
 
-        # The schedule follows the samples at the end of the step, so that the first step of a
-        # warm-up does not have rate 0.
-        samples = state.samples + sequences
-        rate, updates, opt_state = update(
-            grads, state.opt_state, trained, samples, rate_scale, taken
-        )
-        with jax.named_scope("optimizer"):  # planning.timeline finds it by this name
-            params = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
-        if balancing:
-            params = expert_loads.balanced(params, loads[0], config)
+        moved = advance(state, grads, loads, sequences, rate_scale, taken)
 
         # An elementwise selection, not a branch: the update is always computed, and a NaN in it is
         # not selected.
@@ -102,18 +92,18 @@ def make_train_step(
 
         # The counters always advance: the data of a non-finite step is not read again.
         new_state = TrainState(
-            params=to_params(select(params, trained)),
-            opt_state=select(opt_state, state.opt_state),
+            params=to_params(select(moved.trained, trained)),
+            opt_state=select(moved.opt_state, state.opt_state),
             step=state.step + 1,
-            samples=samples,
+            samples=state.samples + sequences,
             nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),
             nonfinite_total=state.nonfinite_total + ~finite,
-            extras=parts | select(averages.updated(config, state, params), averages.held(state)),
+            extras=parts | select(moved.averages, averages.held(state)),
         )
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": rate,
+            "learning_rate": moved.rate,
             "nonfinite_streak": new_state.nonfinite_streak,
             "nonfinite_total": new_state.nonfinite_total,
             **(figures | spiked),
@@ -125,6 +115,40 @@ def make_train_step(
     # The new state takes the memory of the old one. Its shardings are fixed, so that the output of
     # a step is a valid input of the next without a new compilation.
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+class Moved(NamedTuple):
+    """What a step changes by its gradients, beside its counters."""
+
+    rate: Any  # learning rate, float32
+    updates: Any  # the step subtracts rate x updates
+    trained: Any  # parameters, those that are trained
+    opt_state: Any
+    averages: dict[str, Any]  # of the weights, a part of `state.TrainState.extras`
+
+
+def make_advance(config: Config, mesh: Mesh, total_samples: int | None) -> Callable:
+    """Return (state, gradients, loads, sequences, rate_scale, taken) -> `Moved`, all that a step
+    does with its gradients. ``loads`` is empty, or has the tokens of the experts (L, E)."""
+    update = make_update(config, mesh, total_samples)
+
+    def advance(state: TrainState, grads, loads, sequences, rate_scale, taken) -> Moved:
+        trained, _ = lora.trainable(state.params, config)
+        # The schedule follows the samples at the end of the step, so that the first step of a
+        # warm-up does not have rate 0.
+        samples = state.samples + sequences
+        rate, updates, opt_state = update(
+            grads, state.opt_state, trained, samples, rate_scale, taken
+        )
+        with jax.named_scope("optimizer"):  # planning.timeline finds it by this name
+            params = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
+        # With adapters the base is frozen, and the routers' biases are part of it.
+        if loads and config.model.moe.moe_router_enable_expert_bias and not lora.used(config):
+            params = expert_loads.balanced(params, loads[0], config)
+        averaged = averages.updated(config, state, params)
+        return Moved(rate, updates, params, opt_state, averaged)
+
+    return advance
 
 
 def make_update(config: Config, mesh: Mesh, total_samples: int | None) -> Callable:

@@ -14,15 +14,25 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.certify import figures, report
 from mtnlg_jax.certify.certificate import Certificate, Maker, certify
+from mtnlg_jax.certify.compute import Computation, objectives_of, plain
 from mtnlg_jax.certify.culprit import odd_specs
 from mtnlg_jax.certify.figures import STRICT, Figure, tensor_differences, types_of
-from mtnlg_jax.certify.inputs import write_data
+from mtnlg_jax.certify.inputs import open_data, write_data
 from mtnlg_jax.certify.shrink import small_copy
-from mtnlg_jax.config import Config, MeshConfig, ModelConfig, MoEConfig, StageConfig, TrainConfig
+from mtnlg_jax.config import (
+    Config,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    StageConfig,
+    TrainConfig,
+    from_json,
+)
 from mtnlg_jax.parallel import collectives
 from mtnlg_jax.parallel import mesh as plan
 from mtnlg_jax.parallel.mesh import parameter_name
-from mtnlg_jax.train import gradients
+from mtnlg_jax.train import averages, gradients, step
 
 # Without biases, which take a third longer to compile.
 MODEL = ModelConfig(
@@ -54,7 +64,9 @@ def config_of(dtype="float32", model=MODEL, **mesh):
 @pytest.fixture(scope="module")
 def sound():
     """Return the certificate of a config whose mesh has a pipeline, replicas and tensor shards."""
-    return certify(config_of(model=LLAMA, pipe=4, data=8, tensor=4, schedule="1f1b"))
+    config = config_of(model=LLAMA, pipe=4, data=8, tensor=4, schedule="1f1b")
+    train = dataclasses.replace(config.train, ema_decay=0.999)
+    return certify(dataclasses.replace(config, train=train))
 
 
 def test_a_sound_config_is_within_all_tolerances(sound):
@@ -66,6 +78,7 @@ def test_a_sound_config_is_within_all_tolerances(sound):
     assert set(found) == {
         *(figures.PLAN, figures.LOSS, figures.GRADIENT, figures.RESTORED, figures.NEXT),
         *(figures.NORMS, figures.MOMENTS, figures.EXCHANGE),
+        *(figures.UPDATE, figures.PARAMETERS, figures.AVERAGES),
     }
     # Rounding on a mesh is not that of one device: figures of 0 alone would compare nothing.
     largest = max(figure.difference for figure in found[figures.GRADIENT])
@@ -79,7 +92,7 @@ def test_a_sound_config_is_within_all_tolerances(sound):
 def test_the_table_and_the_json_tell_the_same(sound):
     told = json.loads(json.dumps(report.to_json(sound), allow_nan=False))
     keys = (
-        "kind step commit versions created command config within suspects seconds "
+        "kind step commit versions created command config settings within suspects seconds "
         "processor_seconds devices meshes pairs moved_to shrunk tolerances left_out figures"
     ).split()
     assert list(told) == keys and told["kind"] == "certificate" and told["within"] is True
@@ -87,6 +100,7 @@ def test_the_table_and_the_json_tell_the_same(sound):
         *("check", "name", "mesh", "objective", "types"),
         *("difference", "tolerance", "within", "problem"),
     }
+    assert from_json(json.dumps(told["settings"])) == sound.config
     assert all(each["why"] for each in told["tolerances"])
     limits = {(each["check"], each["tolerance"]) for each in told["tolerances"]}
     assert {(each["check"], each["tolerance"]) for each in told["figures"]} <= limits
@@ -120,7 +134,7 @@ def examined(tmp_path, config):
     maker = Maker(copy, str(tmp_path), lambda text: None)
     maker.gradients()
     return Certificate(
-        *("tested", 4, copy, maker.figures, maker.tolerances),
+        *(config, 4, copy, maker.figures, maker.tolerances),
         *(maker.left_out, maker.suspects, 1.0, 1.0),
     )
 
@@ -146,6 +160,58 @@ def test_a_gradient_summed_over_the_wrong_axis_is_named(tmp_path, monkeypatch):
     assert (
         "OUTSIDE" in report.render(found) and "w_in_DF" in report.render(found).split("OUTSIDE")[1]
     )
+
+
+def test_an_update_and_an_average_that_are_wrong_on_a_mesh_are_named(tmp_path, monkeypatch):
+    make = step.make_update
+    updated = averages.updated
+
+    def without_decay(config, mesh, total):
+        if mesh.size > 1:
+            optimizer = dataclasses.replace(config.optimizer, weight_decay=0.0)
+            config = dataclasses.replace(config, optimizer=optimizer)
+        return make(config, mesh, total)
+
+    def doubled(config, state, trained):
+        found = updated(config, state, trained)
+        return jax.tree.map(lambda x: 2 * x, found) if config.mesh.data > 1 else found
+
+    config = config_of(data=4)
+    train = dataclasses.replace(config.train, ema_decay=0.999)
+    # Low enough that two steps show nothing of it.
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-5)
+    config = dataclasses.replace(config, train=train, optimizer=optimizer)
+    maker = Maker(small_copy(config, 4, write_data(tmp_path, 0)), str(tmp_path), lambda text: None)
+    maker.gradients()
+    monkeypatch.setattr(step, "make_update", without_decay)
+    monkeypatch.setattr(averages, "updated", doubled)
+    maker.updates()
+    named = {}
+    for figure in maker.figures:
+        if not figure.within:
+            named.setdefault(figure.check, set()).add(figure.name)
+    all_of_them = {each.name for each in maker.figures if each.check == figures.AVERAGES}
+    decayed = {name for name in all_of_them if "scale" not in name and "bias" not in name}
+    assert named == {
+        figures.UPDATE: decayed,
+        figures.PARAMETERS: decayed,
+        figures.AVERAGES: all_of_them,
+    }
+    assert {"tokens_VD", "blocks.mlp.w_in_DF"} <= decayed < all_of_them
+
+
+def test_units_that_are_not_finite_are_within_no_tolerance(tmp_path):
+    config = config_of(data=4)
+    optimizer = OptimizerConfig(name="adamw", dp_noise_multiplier=1.0)
+    train = dataclasses.replace(config.train, micro_batch_size=None)
+    config = dataclasses.replace(config, optimizer=optimizer, train=train)
+    copy = small_copy(config, 4, write_data(tmp_path, 0))
+    maker = Maker(copy, str(tmp_path), lambda text: None)
+    (objective,) = objectives_of(copy.config)
+    alone = Computation(plain(copy.config), objective, open_data(copy.config), None)
+    assert math.isfinite(alone(maker._params)[0].loss)
+    broken = alone(jax.tree.map(lambda x: np.full_like(x, np.nan), maker._params))[0]
+    assert math.isnan(broken.loss)  # and so is its difference to any other
 
 
 def plant_a_wrong_spec(monkeypatch):
@@ -250,6 +316,23 @@ def test_tolerances_follow_the_types():
     )
     assert chosen.value == limit[figures.GRADIENT, "bfloat16"].value + 0.1
     assert "visits another expert" in chosen.why
+    # Of an expert with few tokens, two are more.
+    few = dataclasses.replace(config.model, moe=MoEConfig(64, 1))
+    few = dataclasses.replace(config, model=few)
+    tokens = config.train.global_batch_size * config.sequence_length / 64
+    assert 4 < tokens < 20
+    told = figures.tolerance_of(figures.GRADIENT, own, few, devices=8)
+    assert told.value == limit[figures.GRADIENT, "bfloat16"].value + 2 / tokens
+    assert f"2 of the {tokens:g} of an expert" in told.why
+    assert figures.tolerance_of(figures.LOADS, own, few, 8).value == 2 / tokens
+    # Where only sums are bfloat16 none does, until these sums have changed the parameters.
+    sums = figures.Types("sums", "float32", "bfloat16")
+    of_experts = dataclasses.replace(config, model=moe)
+    for check, more in ((figures.GRADIENT, 0.0), (figures.NORMS, 0.1)):
+        alone = figures.tolerance_of(check, sums, config, devices=8).value
+        assert figures.tolerance_of(check, sums, of_experts, 8).value == alone + more
+    assert figures.tolerance_of(figures.LOADS, sums, of_experts, 8).value == 0
+    assert figures.tolerance_of(figures.LOADS, own, of_experts, 8).value == 0.05
     # Moments in fewer bits are rounded at random, by one neighbor each step.
     rounded = dataclasses.replace(config.optimizer, moments_dtype="bfloat16")
     told = figures.tolerance_of(

@@ -9,7 +9,14 @@ import numpy as np
 from mtnlg_jax.certify.compute import objectives_of, plain
 from mtnlg_jax.certify.inputs import open_data, parameters_of, write_data
 from mtnlg_jax.certify.shrink import small_copy
-from mtnlg_jax.config import Config, ModelConfig, PrefixConfig, StageConfig, TrainConfig
+from mtnlg_jax.config import (
+    Config,
+    ModelConfig,
+    MoEConfig,
+    PrefixConfig,
+    StageConfig,
+    TrainConfig,
+)
 from mtnlg_jax.model.params import names_of
 from mtnlg_jax.train.inputs import rows_at
 
@@ -46,6 +53,15 @@ def test_parameters_are_away_from_where_biases_and_scales_start(tmp_path):
     assert all(np.unique(leaf).size > leaf.size // 2 for leaf in named.values())
     again = names_of(parameters_of(config))
     assert all(np.array_equal(named[name], again[name]) for name in named)
+
+
+def test_biases_of_many_experts_stay_near_their_scores(tmp_path):
+    moe = MoEConfig(64, 4, moe_router_enable_expert_bias=True)
+    config = plain(small_of(tmp_path, dataclasses.replace(MODEL, moe=moe)))
+    experts = config.model.moe.num_moe_experts
+    bias = names_of(parameters_of(config))["blocks.mlp.b_balance_E"]
+    # Scores are 1 / E in the mean: a bias many times that would choose the same for all tokens.
+    assert 0.1 / experts < bias.std() < 1 / experts
 
 
 def test_each_objective_of_the_stages_is_found_once(tmp_path):

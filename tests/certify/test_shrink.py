@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from pathlib import Path
 
+import jax
 import pytest
 
 from mtnlg_jax.certify import meshes
@@ -23,7 +24,10 @@ from mtnlg_jax.config import (
     validate,
 )
 from mtnlg_jax.config.samples import phases_of, samples_before
-from mtnlg_jax.parallel.mesh import AXES
+from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.parallel.mesh import AXES, make_mesh
+from mtnlg_jax.train.optimizer import sizes_of_sides
+from mtnlg_jax.train.state import state_shardings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LADDER = "1.7b 3.6b 7.5b 18.4b 39.1b 76.1b 145.6b 310.1b 529.6b 1008b".split()
@@ -174,6 +178,9 @@ def test_padding_and_teachers_stay():
     stages = (StageConfig("taught", distill="no such run", distill_temperature=2.0),)
     copy = small_of(train={"stages": stages})
     assert copy.teacher is not None and copy.teacher.vocabulary == copy.config.model.vocabulary
+    assert not any("in place of" in note for note in copy.notes)
+    stages += (dataclasses.replace(stages[0], distill="nor this"),)
+    assert any("in place of 2: of the first" in n for n in small_of(train={"stages": stages}).notes)
 
 
 FITTING = {
@@ -189,6 +196,12 @@ FITTING = {
         {},
         {"lr_decay_style": "wsd", "wsd_decay_fraction": 0.9, "warmup_samples": 1000},
         {},
+    ),
+    "root of a share": ({}, {"lr_decay_style": "inverse_square_root"}, {}),
+    "line": (
+        {},
+        {"lr_decay_style": "linear", "warmup_fraction": 0.008, "decay_fraction": 0.01},
+        {"steps": 1000},
     ),
     "root": ({}, {"lr_decay_style": "inverse_square_root", "warmup_samples": 100}, {}),
     "soap": ({}, {"name": "soap"}, {}),
@@ -236,6 +249,36 @@ def test_settings_that_depend_on_sizes_fit_the_small_copy(name, mesh):
         phases = phases_of(new.optimizer, total)
         assert phases.end == pytest.approx(25_000 / 51_200 * total, abs=1)
         assert phases.warmup == pytest.approx(1000 / 51_200 * total, abs=1)
+
+
+def test_the_statistics_of_soap_divide_as_in_the_whole_run():
+    wide = {"ffn_hidden_size": 672, "activation": "swiglu", "num_query_groups": 1}
+    wide["vocab_size"] = None  # known with the data alone
+    copy = small_of(model=wide, mesh={"data": 8}, optimizer={"name": "soap"})
+    config = copy.config
+    mesh = make_mesh(config.mesh, jax.devices()[:8])
+    assert config.model.mlp_width % 8 == 0 and state_shardings(config, mesh)
+    narrow = dataclasses.replace(config.model, ffn_hidden_size=84)
+    with pytest.raises(ValueError, match="U=84 is not divisible by data=8"):
+        check(dataclasses.replace(config, model=narrow), copy.meshes[0])
+    # So does a run that could not start.
+    with pytest.raises(ValueError, match="U=676 is not divisible by data=8"):
+        small_of(
+            model=wide | {"ffn_hidden_size": 676}, mesh={"data": 8}, optimizer={"name": "soap"}
+        )
+
+
+def test_sides_of_matrices_that_soap_leaves_stay_without_a_basis():
+    optimizer = {"name": "soap", "max_precond_dim": 1024}
+    copy = small_of(model={"ffn_hidden_size": 1408}, mesh={"data": 8}, optimizer=optimizer)
+    limit = copy.config.optimizer.max_precond_dim
+    sizes = sizes_of_sides(abstract_model(copy.config.model)[1])
+    assert {side for side, size in sizes.items() if size > limit} == {
+        *(("w_in_DF", 1), ("w_out_FD", 0))
+    }
+    assert any(f"max_precond_dim 1024 -> {limit}" in note for note in copy.notes)
+    turned = small_of(mesh={"data": 8}, optimizer={"name": "soap"}).config.optimizer
+    assert turned.max_precond_dim == OptimizerConfig().max_precond_dim
 
 
 def test_a_wrong_copy_is_refused_for_its_own_reason(monkeypatch):

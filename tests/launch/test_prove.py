@@ -33,8 +33,12 @@ def config_of(proving, *given):
         ((TINY, "--devices=2", "--set=mesh.tensor=2"), "--devices=2 is too few to show data x ten"),
         ((TINY, "--set=mesh.data=1"), "the mesh of this config is one device, so there is noth"),
         ((TINY, "--set=mesh.pipe=2"), "mesh.pipe=2 needs train.micro_batch_size"),
-        ((TINY, "--workdir=/nowhere"), "--workdir=/nowhere is not a run"),
-        ((TINY, "--workdir=a", "--output=b"), "both name the place of the certificate"),
+        (("--workdir=/nowhere",), "--workdir=/nowhere is not a run"),
+        ((TINY, "--workdir=a"), "tiny.py and --workdir=a both name the config"),
+        (
+            ("--workdir=a", "--set=mesh.zero=3"),
+            "--set=mesh.zero=3 is not the config of --workdir=a",
+        ),
         ((TINY, "--output=/nowhere/a.json"), "is in a folder that does not exist"),
         (("--config=nowhere.py",), "'nowhere.py' is not a file"),
     ],
@@ -48,7 +52,9 @@ def test_a_run_is_proved_with_its_own_config(proving, tmp_path):
     config = load_config(str(ROOT / "configs/tiny.py"), ["mesh.tensor=2", "model.vocab_size=512"])
     (tmp_path / "config.json").write_text(to_json(config))
     assert config_of(proving, f"--workdir={tmp_path}") == config
-    assert config_of(proving, f"--workdir={tmp_path}", "--set=mesh.zero=3").mesh.zero == 3
+    given = (f"--workdir={tmp_path}", f"--output={tmp_path / 'other.json'}")
+    changed = config_of(proving, *given, "--set=model.vocab_size=513")
+    assert changed.model.vocab_size == 513 and changed.model.vocabulary % 2 == 0
 
 
 @pytest.mark.slow  # tests/certify has the same in the process of the tests

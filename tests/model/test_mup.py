@@ -7,12 +7,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from mtnlg_jax.config import Config, ModelConfig, MoEConfig, OptimizerConfig, override, validate
 from mtnlg_jax.model import mup
 from mtnlg_jax.model.params import names_of
 from mtnlg_jax.model.transformer import init_parameters
+from mtnlg_jax.parallel.mesh import parameter_name
 from mtnlg_jax.train.optimizer import make_optimizer
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/mup.py"
@@ -46,7 +48,9 @@ def test_the_dims_of_a_name_tell_its_factors(name):
     initial, adam, muon = FACTORS[name]
     assert mup.initial_factor(name, 4) == initial
     assert mup.rate_factor(name, 4) == adam
-    assert mup.rate_factor(name, 4, "muon") == muon
+    assert mup.rate_factor(name, 4, "muon") == mup.rate_factor(name, 4, "soap") == muon
+    # Before its bases turn, SOAP is Adam.
+    assert mup.factor_before_turns(name, 4) * muon == adam
 
 
 BASE = ModelConfig(
@@ -92,6 +96,34 @@ def test_only_updates_have_factors_and_weight_decay_has_none():
             )
 
 
+@pytest.mark.parametrize("longest", [64, 16])
+def test_soap_has_the_factors_of_adam_until_it_has_turned(longest):
+    params = init_parameters(BASE, seed=0)
+    config = OptimizerConfig(
+        name="soap",
+        weight_decay=0.0,
+        clip_grad_norm=0.0,
+        precondition_frequency=2,
+        max_precond_dim=longest,
+    )
+
+    def updates(model):
+        optimizer = make_optimizer(config, model=model)
+        state = optimizer.init(params)
+        for seed in range(3):
+            normal = np.random.default_rng(seed).normal
+            grads = jax.tree.map(lambda p, draw=normal: np.float32(draw(size=p.shape)), params)
+            found, state = optimizer.update(grads, state, params)
+            yield names_of(found)
+
+    for step, (plain, scaled) in enumerate(zip(updates(BASE), updates(WIDE), strict=True)):
+        for name, update in plain.items():
+            _, adam, white = FACTORS.get(name.rpartition(".")[2], (1, 1, 1))
+            # The second step ends with a turn; no side of these matrices is as short as 16.
+            factor = white if step == 2 and longest == 64 else adam
+            np.testing.assert_allclose(scaled[name], factor * update, rtol=1e-5, err_msg=name)
+
+
 def test_multipliers_of_the_model_follow_the_widths():
     tied = dataclasses.replace(WIDE, tie_embeddings=True)
     assert WIDE.logits_multiplier == 1 and tied.logits_multiplier == 1 / 4
@@ -130,11 +162,16 @@ def benchmark():
 
 
 def moved(benchmark, width, mup, optimizer):
-    model = benchmark["Model"](benchmark["model_of"](width, mup), optimizer)
+    # SOAP is Adam in the first step alone.
+    options = {"precondition_frequency": 1} if optimizer == "soap" else {}
+    model = benchmark["Model"](benchmark["model_of"](width, mup), optimizer, **options)
     return model.moved(rate=2**-7, steps=6)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("muon", "lion", "soap"))],
+)
 def test_coordinates_are_flat_over_four_widths(benchmark, optimizer):
     widths = benchmark["WIDTHS"]
     found = [moved(benchmark, width, True, optimizer) for width in widths]
@@ -145,6 +182,41 @@ def test_coordinates_are_flat_over_four_widths(benchmark, optimizer):
     ends = [moved(benchmark, width, False, optimizer) for width in (widths[0], widths[-1])]
     slope = benchmark["slope"]((widths[0], widths[-1]), [each["logits"] for each in ends])
     assert slope > 0.4
+
+
+@pytest.mark.slow
+def test_a_turned_soap_moves_matrices_as_adam_does(benchmark):
+    widths = benchmark["WIDTHS"][:3]
+
+    def slope(name, **options):
+        changes = []
+        for width in widths:
+            model = benchmark["Model"](benchmark["model_of"](width, True), name, **options)
+            model.optimizer = of_matrices(model.optimizer)
+            params = model.start
+            state = model.optimizer.init(params)
+            for step in range(9):  # the first three turn the bases alone
+                rate = 2.0**-8 if step >= 3 else 0.0
+                params, state, _ = model.step(params, state, benchmark["batch"](step), rate)
+            model.trained = lambda rate, steps, params=params: (params, [])
+            changes.append(model.moved(0.0, 0)["residual stream"])
+        return benchmark["slope"](widths, changes)
+
+    # Embeddings, which have Adam's updates, would hide the matrices. Factors of 1/m: 0.5 apart.
+    assert abs(slope("soap", precondition_frequency=1) - slope("adamw")) < 0.15
+
+
+def of_matrices(optimizer):
+    """Return ``optimizer`` with updates of 0 for all but the matrices of the blocks."""
+
+    def update(grads, state, params):
+        found, state = optimizer.update(grads, state, params)
+        kept = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf * parameter_name(path).startswith("w_"), found
+        )
+        return kept, state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 @pytest.mark.slow

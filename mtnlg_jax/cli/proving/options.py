@@ -15,7 +15,9 @@ with command.flag_group("The small copy"):
     )
 with command.flag_group("The result"):
     WORKDIR = command.define_path(
-        "workdir", None, "folder of a run: the certificate becomes its certificate.json"
+        "workdir", None, "folder of a run: its config; the certificate becomes its certificate.json"
     )
-    OUTPUT = command.define_path("output", None, "file for the certificate, as JSON")
+    OUTPUT = command.define_path(
+        "output", None, "file for the certificate, as JSON; with --workdir in place of its"
+    )
     PROGRESS = flags.DEFINE_bool("progress", True, "tell what is computed, on standard error")

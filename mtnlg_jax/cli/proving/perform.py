@@ -1,5 +1,6 @@
 """What the command that writes certificates does once its flags are parsed."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -31,10 +32,15 @@ def check_flags() -> None:
             "--config is missing; name a file, as --config=configs/tiny.py, or a run, as "
             "--workdir=RUN"
         )
-    if workdir is not None and options.OUTPUT.value is not None:
+    if workdir is not None and options.CONFIG.value is not None:
         raise ValueError(
-            f"--output={options.OUTPUT.value} and --workdir={workdir} both name the place of the "
-            "certificate; give one of them"
+            f"--config={options.CONFIG.value} and --workdir={workdir} both name the config; give "
+            "--config with --output=FILE, or --workdir alone for the config of that run"
+        )
+    if workdir is not None and options.SET.value and options.OUTPUT.value is None:
+        raise ValueError(
+            f"--set={options.SET.value[0]} is not the config of --workdir={workdir}, whose "
+            "certificate.json is that of its own config; name another file with --output=FILE"
         )
     if workdir is not None and not storage.exists(workdir, "config.json"):
         raise FileNotFoundError(
@@ -56,6 +62,9 @@ def given_config() -> "Config":
         content = storage.read_file(options.WORKDIR.value, "config.json")
         assert content is not None, "check_flags has looked"
         config = override(from_json(content.decode()), *options.SET.value)
+        # As `load_config` pads it.
+        model = config.model.padded(config.mesh.tensor)
+        config = dataclasses.replace(config, model=model)
         validate(config)
     small_copy(config, options.DEVICES.value)
     return config
@@ -87,7 +96,7 @@ def perform(config: "Config") -> int:
     print(report.render(certificate), flush=True)
     content = json.dumps(report.to_json(certificate), indent=1, allow_nan=False).encode()
     path = options.OUTPUT.value
-    if options.WORKDIR.value is not None:
+    if path is None and options.WORKDIR.value is not None:
         path = storage.join(options.WORKDIR.value, report.FILE)
     if path is not None:
         folder, _, name = path.rpartition("/")
