@@ -155,7 +155,8 @@ class Run:
             time.sleep(0.005)
 
     def warnings(self) -> int:
-        return sum("could not be written" in line for line in self.lines)
+        told = ("could not be written", "has no second copy")
+        return sum(any(text in line for text in told) for line in self.lines)
 
     def tail(self) -> str:
         return "".join(self.lines[-60:])

@@ -47,7 +47,7 @@ class Preempted(Exception):
 
 
 class Diverged(Exception):
-    """Too many non-finite steps in a row, or spikes behind one checkpoint."""
+    """Too many non-finite steps in a row, or returns to the same parameters for spikes."""
 
     exit_code = DIVERGED
 

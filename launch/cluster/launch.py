@@ -427,9 +427,10 @@ def local(given: list[str]) -> int:
         own = [code for code in codes if code and code not in followed]
         nodes.ended(
             {
-                node: codes[number]
-                for number, node in enumerate(used)
-                if codes[number] in own and number not in killed
+                node: code
+                # A signal during the start leaves out the last ones.
+                for number, (node, code) in enumerate(zip(used, codes, strict=False))
+                if code in own and number not in killed
             },
             len(used),
         )

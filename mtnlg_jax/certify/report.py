@@ -1,17 +1,16 @@
 """A certificate as a table and as JSON."""
 
-import json
 import math
 import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-from mtnlg_jax import config as configs
 from mtnlg_jax.certify import figures, meshes, updates
 from mtnlg_jax.certify.certificate import Certificate
 from mtnlg_jax.certify.figures import Figure, Tolerance
 from mtnlg_jax.certify.resume import SAVED
 from mtnlg_jax.train import describe
+from mtnlg_jax.train.trackers.following import public_settings
 
 KIND = "certificate"
 FILE = "certificate.json"
@@ -35,7 +34,7 @@ def to_json(certificate: Certificate) -> dict[str, Any]:
         **describe.header(KIND, None),
         "command": describe.command_line(),
         "config": certificate.config.name,
-        "settings": json.loads(configs.to_json(certificate.config)),
+        "settings": public_settings(certificate.config),
         "within": certificate.within,
         "suspects": certificate.suspects,
         "seconds": round(certificate.seconds, 1),

@@ -208,9 +208,9 @@ class TrainConfig:
     keep_best: bool = True
     # Non-finite steps in a row that stop the run. Single ones are skipped.
     max_bad_steps: Count = 5
-    # What a spike does, a step whose loss or gradient norm is far above those before it; docs/
-    # spikes.md. skip: its update is not applied. rewind: the run goes back to its last checkpoint
-    # and leaves the batch out, at most max_bad_steps times to the same parameters.
+    # What a spike does, a step whose loss or gradient norm is far above those before it
+    # (docs/spikes.md). skip: its update is not applied. rewind: the run goes back to its last
+    # checkpoint and leaves the batch out, at most max_bad_steps times to the same parameters.
     spike_policy: Literal["none", "skip", "rewind"] = "none"
     # A spike is further above the median than this number of robust standard deviations.
     spike_deviations: Positive = 6.0

@@ -78,7 +78,8 @@ class Course:
         near = self.checkpoints.near
         if near and near.goes_on_from_earlier:
             # The failure may have cost a host or files of that copy, and the next one the rest.
-            near.save(first, state, self._meta({}))
+            with self.watchdog.clock.during("saving"):
+                near.save(first, state, self._meta({}))
         self._catch_up()
         self.over = self.enough(self.log.evaluations())
 

@@ -177,8 +177,8 @@ class History:
             at = began
             if record:
                 counted += record["seconds"]
-                # By the time of day, as what follows. Where that went on without the seconds of
-                # the start, the machine was suspended, or its clock was set.
+                # By the time of day, as what follows. Where that is ahead of the seconds
+                # counted, the machine was suspended, or its clock was set.
                 at = record.get("time", counted)
                 self._down += max(0.0, at - counted)
                 for name in CLASSES:

@@ -15,8 +15,8 @@ class Nodes:
 
     ``health`` is a shell command that exits with 0 where node $MTNLG_NODE can be used; it is asked
     before every start, so that nodes return. Without it, a node is lost once its process has ended
-    by itself ``strikes`` times in a row before the run did a step. What all processes share is not
-    the fault of a node, nor are a disk or a store that fail and a signal.
+    by itself ``strikes`` times in a row before the run did a step. A failure that all processes
+    share does not count against a node, nor does one of a disk or a store, nor a signal.
     """
 
     def __init__(self, count: int, health: str | None, strikes: int, workdir: str) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from huggingface_hub import ModelCardData
 
-from mtnlg_jax.config.privacy_rules import noise_keys
 from mtnlg_jax.evaluate.card.about import STATEMENT, USES, Stated
 from mtnlg_jax.evaluate.card.compute_facts import Energy, compute_sections
 from mtnlg_jax.evaluate.card.data_facts import data_sections, languages
@@ -17,12 +16,14 @@ from mtnlg_jax.evaluate.card.result_facts import evaluation_sections, other_sect
 from mtnlg_jax.evaluate.card.run_files import (
     CONFIG,
     ENVIRONMENT,
+    STARTS,
     RunFiles,
     command_without,
     command_without_folders,
     read_run,
 )
 from mtnlg_jax.evaluate.card.training_facts import model_section, training_section
+from mtnlg_jax.train.report.files import hidden_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _environment(facts: Facts, run: RunFiles, show_paths: bool) -> Section:
         section.blocks.append("The run does not record its environment.")
         return section
     found = run.content[ENVIRONMENT]
-    hidden = noise_keys(run.content[CONFIG])
+    hidden = hidden_keys(run.content[CONFIG], run.rows(STARTS))
 
     def short(command: str) -> str:
         command = command_without(command, hidden)

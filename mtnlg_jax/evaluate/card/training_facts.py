@@ -4,12 +4,12 @@ import math
 import re
 from collections.abc import Iterator
 
-from mtnlg_jax.config.privacy_rules import noise_keys
 from mtnlg_jax.evaluate.card.facts import Fact, Facts, pointer
 from mtnlg_jax.evaluate.card.page import Cell, Section
 from mtnlg_jax.evaluate.card.run_files import CONFIG, METRICS, STARTS, RunFiles, without_folders
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.metrics import TRAINING_LOSSES, training_loss
+from mtnlg_jax.train.report.files import hidden_keys
 
 _MODEL = {
     "num_layers": "Layers",
@@ -163,7 +163,7 @@ def _epochs(facts: Facts, run: RunFiles) -> Iterator[Fact]:
 
 def _chosen(facts: Facts, run: RunFiles, part: str, labels: dict[str, str]) -> list[Fact]:
     given = run.content[CONFIG].get(part, {})
-    hidden = noise_keys(run.content[CONFIG])
+    hidden = hidden_keys(run.content[CONFIG], run.rows(STARTS))
     return [
         facts.read(CONFIG, pointer(part, key), label)
         for key, label in labels.items()

@@ -10,8 +10,9 @@ from mtnlg_jax.train.near.files import Copy
 
 NAME = "near_starts"  # of the file in the folder of checkpoints
 
-# (start of `files.Copy`, step) in the order of time; one that goes back has several. Steps grow:
-# where one goes on from an earlier step, those behind it go, since none of their copies counts.
+# (start of `files.Copy`, step) in the order of time; one that goes back has several. Steps never
+# fall: where one goes on from an earlier step, those behind it go, since none of their copies
+# counts.
 Starts = Sequence[tuple[str, int]]
 
 
@@ -20,7 +21,7 @@ def read(checkpoints: str | os.PathLike) -> Starts:
     found = storage.read_file(checkpoints, NAME)
     try:
         return [(start, step) for start, step in json.loads(found or b"[]")]
-    except ValueError:  # edited by hand
+    except (ValueError, TypeError):  # edited by hand
         return []
 
 
@@ -30,7 +31,8 @@ def write(checkpoints: str | os.PathLike, starts: Starts) -> None:
 
 def going_on(starts: Starts, start: str, step: int) -> Starts:
     """Return ``starts`` with ``start``, which goes on from ``step``."""
-    return [*(each for each in starts if each[1] < step), (start, step)]
+    own = (start, step)
+    return [*(each for each in starts if each[1] <= step and each != own), own]
 
 
 def is_current(starts: Starts, copy: Copy) -> bool:

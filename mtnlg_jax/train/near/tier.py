@@ -70,7 +70,8 @@ class NearTier:
         self._whole: list[Copy] = []  # those that every process has finished, the newest last
         self._latest: Copy | None = None  # the newest that was begun, whole or not
         self._ready: Copy | None = None  # the one for which old ones have made room
-        self._unproven: Copy | None = None
+        # The newest, of whose parameters no loss is known; a start makes another of the same step.
+        self._unproven: list[Copy] = []
         self._good = True  # whether this process has written the latest
         self._skipped = False
         self._full = False
@@ -189,7 +190,8 @@ class NearTier:
         about = {"meta": meta, "arrays": checkpoint_arrays.shapes(flat)}
         self._whole = self._whole[-1:]  # it stays until this one is whole and proven
         self._latest = copy
-        self._unproven = copy
+        same = [each for each in self._unproven if each.step == copy.step]
+        self._unproven = [*same, copy]
         self._good = True
         self._writing = self._background.submit(self._write, copy, about)
 
@@ -308,11 +310,10 @@ class NearTier:
 
     def prove(self) -> None:
         """Record that a loss of the newest copy's parameters was finite. Return at once."""
-        copy = self._unproven
-        self._unproven = None
-        if copy is not None:
-            me = jax.process_index()
+        me = jax.process_index()
+        for copy in self._unproven:
             self._marks.append(self._background.submit(self.files.mark_finite, copy, me))
+        self._unproven = []
 
     def wait(self) -> None:
         """Return once this process has written its part of the newest copy."""
@@ -325,11 +326,11 @@ class NearTier:
         left, the same in every process."""
         self.wait()
         self._settle()
-        if self._unproven is not None:
-            self._remove(self._unproven)
-            self._whole = [copy for copy in self._whole if copy != self._unproven]
+        for copy in self._unproven:
+            self._remove(copy)
+        self._whole = [copy for copy in self._whole if copy not in self._unproven]
         self._latest = None
-        self._unproven = None
+        self._unproven = []
         return self._whole[-1].step if self._whole else None
 
     def distrust(self, after: int) -> int | None:
@@ -342,7 +343,7 @@ class NearTier:
                 self._remove(copy)
         self._whole = [copy for copy in self._whole if copy.step <= after]
         self._latest = None
-        self._unproven = None
+        self._unproven = []
         return self._whole[-1].step if self._whole else None
 
     # --- restoring
@@ -416,7 +417,7 @@ class NearTier:
         self._whole = [kept] if kept else []
         self._latest = kept
         self._good = True
-        self._unproven = None if candidate is None or candidate.finite else kept
+        self._unproven = [kept] if candidate and kept and not candidate.finite else []
 
     def drop(self, newest: int) -> None:
         """Remove all copies if none is newer than step ``newest``, which is saved elsewhere."""

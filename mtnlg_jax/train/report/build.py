@@ -42,6 +42,7 @@ def write(
 def render(run: RunFiles, other: RunFiles | None = None) -> str:
     """Return the page of ``run``, with the curves of ``other`` beside its own."""
     runs = [run, other] if other else [run]
+    hidden = hidden_keys(run.config, run.starts)
     return pages.render(
         Path(__file__).with_name("page") / "report.html",
         "launch/report.py",
@@ -57,7 +58,7 @@ def render(run: RunFiles, other: RunFiles | None = None) -> str:
         further=content.further_charts(runs),
         spikes=content.spikes_of(run),
         samples=content.samples_of(run),
-        starts=[_start(start, hidden_keys(run)) for start in run.starts],
+        starts=[_start(start, hidden) for start in run.starts],
         differences=differences(run, other) if other else [],
         settings=public(run),
         size=charts,

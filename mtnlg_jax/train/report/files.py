@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from mtnlg_jax.config.privacy_rules import noise_keys
@@ -60,10 +61,11 @@ def flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
     return found
 
 
-def hidden_keys(run: RunFiles) -> set[str]:
-    """Return the settings that a report leaves out: `noise_keys` of any start of the run."""
-    hidden = noise_keys(run.config)
-    for start in run.starts:
+def hidden_keys(config: dict[str, Any], starts: Iterable[dict]) -> set[str]:
+    """Return the settings of a run's ``config`` that nobody else may see: `noise_keys` of any of
+    its ``starts``."""
+    hidden = noise_keys(config)
+    for start in starts:
         hidden |= noise_keys(start.get("config") or {})
         secrets = (start.get("changed") or {}).get("optimizer.dp_secret", ())
         # One of the starts took its noise from the seed.
@@ -74,7 +76,7 @@ def hidden_keys(run: RunFiles) -> set[str]:
 
 def public(run: RunFiles) -> dict[str, Any]:
     """Return the settings of the last start by dotted key, without the `hidden_keys`."""
-    hidden = hidden_keys(run)
+    hidden = hidden_keys(run.config, run.starts)
     return {key: value for key, value in flat(run.config).items() if key not in hidden}
 
 

@@ -58,7 +58,7 @@ class WeightsAndBiases:
             # Otherwise wandb waits at the end, and when Python exits, for as long as there is no
             # network. What was not uploaded is in the run's folder for "wandb sync".
             finish_timeout=TIMEOUT_SECONDS,
-            # This one holds the exit as well. `Background` tries again.
+            # wandb also waits for this one when Python exits. `Background` tries again.
             init_timeout=TIMEOUT_SECONDS,
         )
         self._run: Any = wandb.init(

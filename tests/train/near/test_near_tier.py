@@ -251,6 +251,9 @@ def test_a_copy_without_a_finite_loss_is_given_up(opened, tmp_path):
     save(checkpoints, abstract, 4, proven=False)
     checkpoints, abstract = opened(2, 1)
     assert checkpoints.restore(abstract, IDENTITY)[0] == 4
+    # A start makes a copy of its own of that step.
+    assert checkpoints.near.goes_on_from_earlier
+    save(checkpoints, abstract, 4, proven=False)
     assert checkpoints.give_up() is None and not files(tmp_path, ".json")
 
 
@@ -338,7 +341,12 @@ def test_starts_leave_copies_behind():
     }
     known = starts.going_on(known, "d", 34)
     assert current(known) == {"a": [20, 30], "b": [20, 30, 33], "c": [], "x": []}
-    assert starts.going_on(known, "e", 0) == [("e", 0)]
+    assert starts.going_on(known, "e", 0) == [("a", 0), ("e", 0)]
+    # Starts that go on from one step have copies of it, of which a later one may find the middle's.
+    for start in ("f", "g", "g"):
+        known = starts.going_on(known, start, 34)
+    assert known[-3:] == [("d", 34), ("f", 34), ("g", 34)]
+    assert starts.is_current(known, Copy(34, "f")) and not starts.is_current(known, Copy(35, "f"))
 
 
 def test_a_run_without_a_near_tier_has_no_file_of_starts(opened, tmp_path):
