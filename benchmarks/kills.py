@@ -99,7 +99,7 @@ def command_of(args, folder: Path, name: str, steps: int) -> list[str]:
         "--nodes=2",
         "--local_devices=4",
         f"--restarts={2 * args.faults + 10}",
-        "--grace=4",
+        "--grace=2",
         f"--argument=--executable_folder={folder / 'kept'}",
         f"--config={ROOT / 'configs/tiny.py'}",
         f"--workdir={folder / name}",
@@ -257,9 +257,11 @@ def fill(run: Run, every: int) -> dict:
     warned = run.warnings()
     reached = max((record["step"] for record in run.records()), default=0)
     # A tier with two copies writes the next one where the oldest was, so that one has to go first.
-    newest = {path.parent for path in run.newest_copy()}
-    for folder in {path.parent for path in run.near.rglob("*.own.json")} - newest:
-        shutil.rmtree(folder, ignore_errors=True)
+    # Two starts may have a copy of one step; the later one counts.
+    kept = max((path.parent for path in run.newest_copy()), key=modified).name
+    for folder in {path.parent for path in run.near.rglob("*.own.json")}:
+        if folder.name != kept:
+            shutil.rmtree(folder, ignore_errors=True)
     size = DISK
     with open(ballast, "wb") as file:
         # Down to the last page.
@@ -275,6 +277,13 @@ def fill(run: Run, every: int) -> dict:
     now = max(record["step"] for record in run.records())
     run.wait_for(lambda: any(record["step"] > now + 2 * every for record in run.records()))
     return {"reached": reached, "lost_steps": 0, "restarted": False}
+
+
+def modified(path: Path) -> float:
+    """Return when a file or folder was last changed; it may just be removed."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def numbers(workdir: Path) -> list[dict]:
