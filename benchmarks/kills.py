@@ -36,7 +36,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from near_tier import prepare_data
+from near_tier import prepare_data, shown
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = {"tokens_per_second", "mfu", "time"}  # of the clock, not of the run
@@ -332,16 +332,11 @@ def main(argv=None) -> dict:
     return result
 
 
-def _shown(given: list[str]) -> list[str]:
-    """Return the flags without those that name places of this machine."""
-    return [flag for flag in given if not flag.startswith(("--output", "--keep", "--folder"))]
-
-
 def describe(args, faults, code, equal, seconds, kinds, steps) -> dict:
     restarted = [fault for fault in faults if "seconds_to_first_step" in fault]
     lost = [fault["lost_steps"] for fault in faults]
     return {
-        "command": " ".join(["python", "benchmarks/kills.py", *_shown(sys.argv[1:])]),
+        "command": " ".join(["python", "benchmarks/kills.py", *shown(sys.argv[1:])]),
         "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},

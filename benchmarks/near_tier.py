@@ -227,7 +227,7 @@ def step_times(records: list[dict], steps: list[int]) -> list[float]:
     return [times[step] - times[step - 1] for step in steps if step - 1 in times]
 
 
-def _shown(given: list[str]) -> list[str]:
+def shown(given: list[str]) -> list[str]:
     """Return the flags without those that name places of this machine."""
     return [flag for flag in given if not flag.startswith(("--output", "--keep", "--folder"))]
 
@@ -239,7 +239,7 @@ def main(argv=None) -> dict:
         prepare_data(folder)
         found = upload(args, folder) if args.store else near_tier(args, folder)
     result = {
-        "command": " ".join(["python", "benchmarks/near_tier.py", *_shown(sys.argv[1:])]),
+        "command": " ".join(["python", "benchmarks/near_tier.py", *shown(sys.argv[1:])]),
         "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
